@@ -1,0 +1,258 @@
+"""The commands: sam-train, sam-eval, sam-segment, sam-precompute, sam-convert, sam-export.
+
+Each is a Hydra application over a file of `conf/`. Libraries are imported inside the jobs, so that
+`--help` and a mistyped name answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from sam_train import cli_arguments, cli_errors, config
+
+if TYPE_CHECKING:
+    import lightning
+
+DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+TRACEBACK = "SAM_TRAIN_TRACEBACK"
+
+
+def train(cfg: DictConfig) -> None:
+    """sam-train: trains in a run folder, or goes on there."""
+    if cfg.doctor:
+        from sam_train import doctor
+
+        print(doctor.report(cfg.paths.data))
+        return
+    from sam_train.training import run_folder
+
+    config.check_complete(cfg)
+    _settle_run_dir(cfg)
+    folder, plain = Path(cfg.run_dir), config.plain(cfg, resolve=False)
+    state = run_folder.inspect(folder)
+    action = run_folder.decide(folder, state, plain, resume=cfg.resume)
+    if action is run_folder.Action.FINISHED:
+        _print_result(state.result or {})
+        print(f"{folder} holds this run, finished. Another run_dir=PATH starts anew.")
+        return
+    resumed = state.last_checkpoint if action is run_folder.Action.RESUME else None
+    module, data, trainer = _build_training(cfg, weights=None if resumed else cfg.checkpoint)
+    run_folder.prepare(folder, plain, action)
+    with _train_log(folder):
+        print(f"Going on from {resumed}" if resumed else f"Training in {folder}", flush=True)
+        _fit(trainer, module, data, resumed)
+    if (result := run_folder.inspect(folder).result) is not None:
+        _print_result(result)
+    print(f"See {folder}/figures, {folder}/metrics.json and {folder}/checkpoints/best.ckpt")
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """sam-eval: measures a checkpoint by a protocol on the validation split of a data set."""
+    from sam_train.checkpoints.load import load_model
+
+    config.check_complete(cfg)
+    config.pin(cfg)
+    source = config.instantiate(cfg.data.val)
+    protocol = config.instantiate(cfg.protocol)
+    model = load_model(cfg.checkpoint, device=_device(cfg.device))
+    folder = _evaluated_run(cfg) / "eval" / cfg.name
+    result = protocol.run(model, source, folder, checkpoint=str(cfg.checkpoint))
+    _print_result(result)
+    print(f"See {folder}")
+
+
+def _settle_run_dir(cfg: DictConfig) -> None:
+    """The recipe's name and, in a sweep, each job's own folder, as plain values."""
+    config.pin(cfg)
+    hydra_config = HydraConfig.get()
+    swept = hydra_config.mode == RunMode.MULTIRUN
+    cfg.run_dir = hydra_config.runtime.output_dir if swept else cfg.run_dir
+
+
+def _build_training(
+    cfg: DictConfig, weights: str | None
+) -> tuple[lightning.LightningModule, lightning.LightningDataModule, lightning.Trainer]:
+    import lightning
+
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    module = config.instantiate(cfg.task)
+    if weights is not None:
+        from sam_train.checkpoints.load import load_weights
+
+        load_weights(module.model, weights)
+    data = config.instantiate(cfg.data)
+    trainer = config.instantiate(
+        cfg.trainer,
+        logger=[config.instantiate(node) for node in (cfg.logger or {}).values()],
+        callbacks=[config.instantiate(node) for node in (cfg.callbacks or {}).values()],
+        default_root_dir=cfg.run_dir,
+    )
+    return module, data, trainer
+
+
+def _fit(
+    trainer: lightning.Trainer,
+    module: lightning.LightningModule,
+    data: lightning.LightningDataModule,
+    resumed: Path | None,
+) -> None:
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except SystemExit:
+        # Lightning turns Ctrl-C into exit code 1, once its callbacks have saved.
+        if trainer.interrupted:
+            raise KeyboardInterrupt from None
+        raise
+
+
+def _evaluated_run(cfg: DictConfig) -> Path:
+    """The run folder an evaluation belongs to."""
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir)
+    checkpoint = Path(cfg.checkpoint)
+    if checkpoint.parent.name == "checkpoints":
+        return checkpoint.parent.parent
+    return Path("outputs") / checkpoint.stem
+
+
+def _device(name: str) -> str:
+    import torch
+
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _print_result(result: Any) -> None:
+    for name, value in sorted(result.get("metrics", {}).items()):
+        print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else f"{name:>28}  {value}")
+
+
+@contextmanager
+def _train_log(folder: Path) -> Iterator[None]:
+    """Adds what is logged, and the traceback of whatever ends the run, to the folder's train.log."""
+    handler = logging.FileHandler(folder / "train.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    except BaseException:
+        ended = {"name": __name__, "levelname": "ERROR", "msg": "the run ended here", "exc_info": sys.exc_info()}
+        handler.handle(logging.makeLogRecord(ended))
+        raise
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+JOBS: dict[str, Callable[[DictConfig], None]] = {"train": train, "eval": evaluate}
+PLANNED = {
+    "segment": "masks for your own images, automatically or from points and boxes",
+    "precompute": "image embeddings kept on disk",
+    "convert": "COCO, folders, NIfTI and DICOM to SA-1B shards",
+    "export": "official .pth, Hugging Face and ONNX files",
+}
+
+
+class _JobError(BaseException):
+    """Carries a job's error past Hydra, which would else print a line of its own about it."""
+
+
+def run(verb: str, argv: Sequence[str]) -> int:
+    """Runs one command and returns its exit code: 0, 1 for a bug, 2 for a mistake, 130 for Ctrl-C."""
+    arguments = cli_arguments.Arguments(None, [])
+    try:
+        argv = _without_verb(verb, argv)
+        if verb in PLANNED:
+            raise ValueError(f"not built yet. It will give: {PLANNED[verb]}")
+        arguments = cli_arguments.parse(argv)
+        _run_hydra(verb, arguments)
+    except KeyboardInterrupt:
+        goes_on = "goes on from the last checkpoint" if verb == "train" else "starts over"
+        print(f"\nsam-{verb}: stopped by Ctrl-C. The same command {goes_on}.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except SystemExit as stop:  # of --help and of argparse
+        return stop.code if isinstance(stop.code, int) else DONE
+    except (Exception, _JobError) as error:
+        return _report(verb, arguments, error)
+    return DONE
+
+
+def _without_verb(verb: str, argv: Sequence[str]) -> list[str]:
+    first = argv[0] if argv else ""
+    if first == verb:
+        return list(argv[1:])
+    if first in JOBS or first in PLANNED:
+        raise ValueError(f"'{first}' is another command: sam-{first} {' '.join(argv[1:])}")
+    return list(argv)
+
+
+def _run_hydra(verb: str, arguments: cli_arguments.Arguments) -> None:
+    job, typed = JOBS[verb], sys.argv
+
+    @functools.wraps(job)
+    def carried(cfg: DictConfig) -> None:
+        sys.argv = typed  # what Lightning starts its other processes with
+        try:
+            job(cfg)
+        except Exception as error:
+            raise _JobError from error
+
+    sys.argv = [f"sam-{verb}", *arguments.hydra]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
+    try:
+        with config.user_recipes(arguments.config_dir):
+            hydra.main(str(config.conf_dir()), config_name=verb, version_base="1.3")(carried)()
+    finally:
+        sys.argv = typed
+
+
+def _report(verb: str, arguments: cli_arguments.Arguments, error: BaseException) -> int:
+    if isinstance(error, _JobError) and error.__cause__ is not None:
+        error = error.__cause__
+    message = cli_errors.describe(
+        error, root=verb, overrides=arguments.overrides, config_dir=arguments.config_dir
+    )
+    if message is None or os.environ.get(TRACEBACK) == "1":
+        traceback.print_exception(error)
+    if message is None:
+        return BUG
+    print(f"sam-{verb}: {message}", file=sys.stderr)
+    return MISTAKE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m sam_train.cli VERB name=value ...`: the command named by the leading verb."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or (arguments[0] not in JOBS and arguments[0] not in PLANNED):
+        verbs = ", ".join([*JOBS, *PLANNED])
+        print(f"expected a verb first, one of {verbs}; then name=value ...", file=sys.stderr)
+        return MISTAKE
+    return run(arguments[0], arguments)
+
+
+def _script(verb: str) -> Callable[[], int]:
+    return lambda: run(verb, sys.argv[1:])
+
+
+train_script, eval_script = _script("train"), _script("eval")
+segment_script, precompute_script = _script("segment"), _script("precompute")
+convert_script, export_script = _script("convert"), _script("export")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""One SA-1B-style sample: an image file and its JSON, as bytes, to and from an `ImageRecord`."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sam_train.ops import rle
+from sam_train.structures import Annotation, ImageRecord
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
+FIELDS = frozenset(
+    "id segmentation bbox area predicted_iou stability_score point_coords crop_box".split()
+)
+
+
+def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> ImageRecord:
+    """Reads a sample's JSON; its pixels are decoded when first looked at.
+
+    Args:
+        key: names the sample.
+        files: its files by suffix, "json" and one of `IMAGE_SUFFIXES`.
+        source: the data set's name.
+
+    Raises:
+        ValueError: says what is wrong with the sample.
+    """
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in files), None)
+    if suffix is None or "json" not in files:
+        missing = ".json" if suffix else "image (.jpg or .png)"
+        raise ValueError(f"it has no {missing}, only {sorted(files)}")
+    try:
+        content = json.loads(files["json"])
+    except ValueError as error:
+        raise ValueError(f"its JSON does not parse: {error}") from None
+    size = _size(content)
+    annotations = content.get("annotations")
+    if not isinstance(annotations, list):
+        raise ValueError("its JSON has no list `annotations`")
+    return ImageRecord(
+        key=key,
+        size=size,
+        annotations=tuple(
+            _annotation(index, entry, size) for index, entry in enumerate(annotations)
+        ),
+        load=partial(decode_image, files[suffix], size),
+        source=source,
+    )
+
+
+def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
+    """An image file's (H, W, 3) uint8 RGB pixels, which must have the (H, W) the JSON states.
+
+    An orientation tag is not followed, as masks are drawn on the pixels as they lie in the file.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"its image cannot be decoded: {error}") from None
+    if pixels.shape[:2] != tuple(size):
+        raise ValueError(
+            f"its image is {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), "
+            f"its JSON says {size[0]} x {size[1]}"
+        )
+    return pixels
+
+
+def encode_record(
+    record: ImageRecord,
+    *,
+    image_id: int = 0,
+    image_bytes: bytes | None = None,
+    suffix: str = "jpg",
+    quality: int = 95,
+) -> dict[str, bytes]:
+    """The files of a sample by suffix; with "__key__" added they are what webdataset's writer takes.
+
+    Args:
+        record: what to write; an optional field that is None is left out of the JSON.
+        image_id: SA-1B's number of the image.
+        image_bytes: the image file itself, to be kept as it is instead of encoded anew.
+        suffix: "jpg" or "png", the image's format.
+        quality: of a JPEG; 95 and no chroma subsampling keep thin borders.
+    """
+    if suffix not in IMAGE_SUFFIXES:
+        raise ValueError(f"suffix is one of {IMAGE_SUFFIXES}, got {suffix!r}")
+    height, width = record.size
+    content = {
+        "image": {
+            "image_id": image_id,
+            "width": width,
+            "height": height,
+            "file_name": f"{record.key}.{suffix}",
+        },
+        "annotations": [_entry(annotation) for annotation in record.annotations],
+    }
+    if image_bytes is None:
+        image_bytes = _encode_image(record.image, suffix, quality)
+    return {suffix: image_bytes, "json": json.dumps(content, separators=(",", ":")).encode()}
+
+
+def _encode_image(pixels: np.ndarray, suffix: str, quality: int) -> bytes:
+    buffer = io.BytesIO()
+    if suffix == "png":
+        Image.fromarray(pixels).save(buffer, "PNG")
+    else:
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _size(content: Any) -> tuple[int, int]:
+    image = content.get("image") if isinstance(content, dict) else None
+    if not isinstance(image, dict):
+        raise ValueError("its JSON has no object `image`")
+    height, width = image.get("height"), image.get("width")
+    if type(height) is not int or type(width) is not int or min(height, width) < 1:
+        raise ValueError(
+            f"its JSON gives the image no size: height {height!r}, width {width!r}, "
+            "expected two positive integers"
+        )
+    return height, width
+
+
+def _annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
+    try:
+        if not isinstance(entry, dict) or "segmentation" not in entry:
+            raise ValueError("it has no `segmentation`")
+        segmentation = entry["segmentation"]
+        stated = rle.size_of(segmentation)
+        if stated != size:
+            raise ValueError(
+                f"its RLE is {stated[0]} x {stated[1]} (height x width), "
+                f"the image {size[0]} x {size[1]}"
+            )
+        return Annotation(
+            id=int(entry.get("id", index)),
+            rle=segmentation,
+            bbox=_numbers(entry["bbox"], 4) if "bbox" in entry else rle.bbox(segmentation),
+            area=float(entry["area"] if "area" in entry else rle.area(segmentation)),
+            predicted_iou=_optional_float(entry.get("predicted_iou")),
+            stability_score=_optional_float(entry.get("stability_score")),
+            point_coords=_points(entry.get("point_coords")),
+            crop_box=None if entry.get("crop_box") is None else _numbers(entry["crop_box"], 4),
+            extra={name: value for name, value in entry.items() if name not in FIELDS},
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"annotation {index} is unusable: {error}") from None
+
+
+def _entry(annotation: Annotation) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "id": annotation.id,
+        "segmentation": rle.compress(annotation.rle),
+        "bbox": list(annotation.bbox),
+        "area": int(annotation.area),
+        "predicted_iou": annotation.predicted_iou,
+        "stability_score": annotation.stability_score,
+        "point_coords": annotation.point_coords,
+        "crop_box": annotation.crop_box,
+    }
+    return {name: value for name, value in entry.items() if value is not None} | dict(
+        annotation.extra
+    )
+
+
+def _numbers(values: Any, count: int) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple) or len(values) != count:
+        raise ValueError(f"expected {count} numbers, got {values!r}")
+    return tuple(float(value) for value in values)
+
+
+def _optional_float(value: Any) -> float | None:
+    return None if value is None else float(value)
+
+
+def _points(values: Any) -> tuple[tuple[float, float], ...] | None:
+    return None if values is None else tuple(_numbers(point, 2) for point in values)

@@ -1,0 +1,128 @@
+"""Turns clicks, boxes and masks into the decoder's prompt embeddings (SAM, appendix A)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sam_train.models.common import LayerNorm2d, stride_two_conv
+from sam_train.models.position_encoding import PositionEmbeddingRandom
+from sam_train.structures import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PADDING, Prompts
+
+
+class PromptEncoder(nn.Module):
+    """Embeds prompts given in the model input frame.
+
+    Args:
+        embed_dim: C, the width of the embeddings.
+        image_embedding_size: (h, w) of the image embedding; `Sam` tells it from its image encoder.
+        input_image_size: (H, W) of the padded model input; likewise.
+        mask_in_chans: width of the first layers that read a mask prompt.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        image_embedding_size: tuple[int, int] = (64, 64),
+        input_image_size: tuple[int, int] = (1024, 1024),
+        mask_in_chans: int = 16,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.set_image_size(input_image_size, image_embedding_size)
+        self.pe_layer = PositionEmbeddingRandom(embed_dim // 2)
+        self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
+        self.not_a_point_embed = nn.Embedding(1, embed_dim)
+        self.no_mask_embed = nn.Embedding(1, embed_dim)
+        self.mask_downscaling = nn.Sequential(
+            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans // 4),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
+            LayerNorm2d(mask_in_chans),
+            nn.GELU(),
+            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
+        )
+
+    def set_image_size(
+        self, input_image_size: tuple[int, int], image_embedding_size: tuple[int, int]
+    ) -> None:
+        """Says how large the padded model input and the image embedding are, both (H, W)."""
+        self.input_image_size = input_image_size
+        self.image_embedding_size = image_embedding_size
+        self.mask_input_size = (4 * image_embedding_size[0], 4 * image_embedding_size[1])
+
+    def get_dense_pe(self) -> Tensor:
+        """The position code of every image token: (1, C, h, w)."""
+        return self.pe_layer(self.image_embedding_size)[None]
+
+    def forward(
+        self,
+        points: tuple[Tensor, Tensor] | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeds prompts as `segment_anything` does.
+
+        Args:
+            points: coordinates (P, N, 2) as (x, y) pixels and labels (P, N); a padding point is added
+                where there are no boxes.
+            boxes: (P, 4) xyxy pixels.
+            masks: (P, 1, 4h, 4w) logits.
+
+        Returns:
+            Sparse embeddings (P, N', C) and dense embeddings (P, C, h, w).
+        """
+        coords, labels = [], []
+        if points is not None:
+            coords.append(points[0])
+            labels.append(points[1].long())
+            if boxes is None:
+                coords.append(points[0].new_zeros(len(points[0]), 1, 2))
+                labels.append(labels[0].new_full((len(points[0]), 1), PADDING))
+        if boxes is not None:
+            coords.append(boxes.reshape(-1, 2, 2))
+            corners = torch.tensor([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]], device=boxes.device)
+            labels.append(corners.expand(len(coords[-1]), 2))
+        if coords:
+            prompts = Prompts(torch.cat(coords, dim=1), torch.cat(labels, dim=1), masks)
+            return self.embed(prompts)
+        device = self.no_mask_embed.weight.device
+        num_prompts = 1 if masks is None else len(masks)
+        no_points = torch.zeros(num_prompts, 0, 2, device=device)
+        return self.embed(Prompts(no_points, no_points[..., 0].long(), masks))
+
+    def embed(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """Embeds `Prompts` of the model input frame; nothing is added to them.
+
+        Returns:
+            Sparse embeddings (P, N, C) and dense embeddings (P, C, h, w).
+        """
+        return self.embed_points(prompts.point_coords, prompts.point_labels), self.embed_masks(
+            prompts.mask_inputs, len(prompts.point_coords)
+        )
+
+    def embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
+        # Clicks are pixel indices, which name a corner; the code is of the pixel's centre.
+        code = self.pe_layer.forward_with_coords(coords + 0.5, self.input_image_size)
+        # One table and one look-up, so that every kind takes part in every backward pass: a rank that
+        # happens to draw no background click would otherwise stall a distributed run.
+        kinds = [self.not_a_point_embed, *self.point_embeddings]
+        table = torch.cat([kind.get_parameter("weight") for kind in kinds])
+        is_point = (labels != PADDING).to(code.dtype)[..., None]
+        return code * is_point + table[labels + 1]
+
+    def embed_masks(self, masks: Tensor | None, num_prompts: int) -> Tensor:
+        if masks is not None:
+            return self._downscale(masks)
+        dense = self.no_mask_embed.weight.reshape(1, -1, 1, 1)
+        return dense.expand(num_prompts, -1, *self.image_embedding_size)
+
+    def _downscale(self, masks: Tensor) -> Tensor:
+        """`mask_downscaling`, channels last: its few channels make poor convolutions."""
+        conv1, norm1, act1, conv2, norm2, act2, conv3 = self.mask_downscaling
+        x = act1(norm1.over_last(stride_two_conv(conv1, masks.permute(0, 2, 3, 1))))
+        x = act2(norm2.over_last(stride_two_conv(conv2, x)))
+        return F.linear(x, conv3.weight.flatten(1), conv3.bias).permute(0, 3, 1, 2)

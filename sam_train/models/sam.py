@@ -1,0 +1,176 @@
+"""The image model: encoder, prompt encoder and decoder, called as in `segment_anything` and in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sam_train.models.mask_decoder import MaskDecoder
+from sam_train.models.prompt_encoder import PromptEncoder
+from sam_train.structures import ImageFeatures, MaskPrediction, Prompts
+
+SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
+SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+
+
+class Sam(nn.Module):
+    """Segments what prompts point at.
+
+    Args:
+        image_encoder: images to embeddings; has `img_size`, `stride`, `in_chans` and `out_chans`.
+        prompt_encoder: prompts to embeddings.
+        mask_decoder: both to masks.
+        pixel_mean: of each input channel, on the scale of 0 to 255.
+        pixel_std: likewise.
+        compile_encoder: run the image encoder through `torch.compile`.
+    """
+
+    mask_threshold: float = 0.0
+    image_format: str = "RGB"
+    # Any module with the encoders' attributes: SAM's ViT, TinyViT, a timm backbone, a user's own.
+    image_encoder: Any
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self,
+        *,
+        image_encoder: Any,
+        prompt_encoder: PromptEncoder,
+        mask_decoder: MaskDecoder,
+        pixel_mean: Sequence[float] = SAM_PIXEL_MEAN,
+        pixel_std: Sequence[float] = SAM_PIXEL_STD,
+        compile_encoder: bool = False,
+    ) -> None:
+        super().__init__()
+        self.image_encoder = image_encoder
+        self.prompt_encoder = prompt_encoder
+        self.mask_decoder = mask_decoder
+        side, tokens = image_encoder.img_size, image_encoder.img_size // image_encoder.stride
+        prompt_encoder.set_image_size((side, side), (tokens, tokens))
+        for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+            if len(values) != image_encoder.in_chans:
+                raise ValueError(
+                    f"{name} has a value for each of the image encoder's {image_encoder.in_chans} "
+                    f"channels, got {len(values)}"
+                )
+            self.register_buffer(name, torch.tensor(values).view(-1, 1, 1), persistent=False)
+        if compile_encoder:
+            # In place, so that the weights keep their names.
+            self.image_encoder.compile()
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    @property
+    def low_res_size(self) -> int:
+        """Side of the square low-resolution masks, pixels."""
+        return self.prompt_encoder.mask_input_size[0]
+
+    def preprocess(self, x: Tensor) -> Tensor:
+        """Normalises (..., 3, H, W) pixels of 0 to 255 and pads them to the square input."""
+        x = (x - self.pixel_mean) / self.pixel_std
+        side = self.image_encoder.img_size
+        return F.pad(x, (0, side - x.shape[-1], 0, side - x.shape[-2]))
+
+    def encode(self, images: Tensor, input_sizes: Tensor) -> ImageFeatures:
+        """Encodes a padded batch.
+
+        Args:
+            images: (N, 3, S, S), 0 to 255, of any dtype; padded at the bottom and right.
+            input_sizes: (N, 2) the (H, W) that is not padding.
+        """
+        x = (images - self.pixel_mean) / self.pixel_std
+        rows = torch.arange(x.shape[-2], device=x.device) < input_sizes[:, :1]
+        columns = torch.arange(x.shape[-1], device=x.device) < input_sizes[:, 1:]
+        # The padding is zero after normalisation, as in `preprocess`.
+        x = x * (rows[:, :, None] & columns[:, None, :])[:, None]
+        return ImageFeatures(self.image_encoder(x))
+
+    def decode(
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        *,
+        image_index: Tensor | None = None,
+        multimask_output: bool,
+    ) -> MaskPrediction:
+        """Answers P prompts.
+
+        Args:
+            features: of N images; of one where `image_index` is None.
+            prompts: model input frame.
+            image_index: (P,) the image each prompt belongs to.
+            multimask_output: three candidates a prompt, else one.
+        """
+        sparse, dense = self.prompt_encoder.embed(prompts)
+        low_res_masks, iou_predictions = self.mask_decoder(
+            image_embeddings=features.image_embeddings,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask_output,
+            image_index=image_index,
+        )
+        return MaskPrediction(low_res_masks, iou_predictions)
+
+    def postprocess_masks(
+        self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]
+    ) -> Tensor:
+        """Takes low-resolution logits (P, M, h, w) to the original (H, W): still logits."""
+        side = self.image_encoder.img_size
+        masks = F.interpolate(masks, (side, side), mode="bilinear", align_corners=False)
+        masks = masks[..., : input_size[0], : input_size[1]]
+        return F.interpolate(masks, original_size, mode="bilinear", align_corners=False)
+
+    def forward(
+        self, batched_input: Sequence[dict[str, Any]], multimask_output: bool
+    ) -> list[dict[str, Tensor]]:
+        """Segments images with their prompts, as `segment_anything` does, gradients where they are on.
+
+        Args:
+            batched_input: a dict an image: `image` (3, H, W) resized, `original_size`, and any of
+                `point_coords` (P, N, 2) with `point_labels` (P, N), `boxes` (P, 4) and `mask_inputs`
+                (P, 1, h, w), in the model input frame.
+            multimask_output: three candidates a prompt, else one.
+
+        Returns:
+            A dict an image: `masks` (P, M, H, W) bool at the original size, `iou_predictions` (P, M)
+            and `low_res_logits` (P, M, h, w).
+        """
+        images = torch.stack([self.preprocess(entry["image"]) for entry in batched_input])
+        image_embeddings = self.image_encoder(images)
+        return [
+            self._answer(entry, embedding[None], multimask_output)
+            for entry, embedding in zip(batched_input, image_embeddings, strict=True)
+        ]
+
+    def _answer(
+        self, entry: dict[str, Any], image_embedding: Tensor, multimask_output: bool
+    ) -> dict[str, Tensor]:
+        has_points = "point_coords" in entry
+        sparse, dense = self.prompt_encoder(
+            points=(entry["point_coords"], entry["point_labels"]) if has_points else None,
+            boxes=entry.get("boxes"),
+            masks=entry.get("mask_inputs"),
+        )
+        low_res_masks, iou_predictions = self.mask_decoder(
+            image_embeddings=image_embedding,
+            image_pe=self.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=multimask_output,
+        )
+        masks = self.postprocess_masks(
+            low_res_masks, tuple(entry["image"].shape[-2:]), entry["original_size"]
+        )
+        return {
+            "masks": masks > self.mask_threshold,
+            "iou_predictions": iou_predictions,
+            "low_res_logits": low_res_masks,
+        }

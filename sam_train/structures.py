@@ -1,0 +1,148 @@
+"""The records at every seam: what one part of the project hands to the next.
+
+Letters used throughout: N images, P prompts (one object each), M candidate masks, S the side of the
+square model input. Points are (x, y), boxes are xyxy, sizes are (H, W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+PADDING, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
+"""The point labels of `Prompts`, as in the published prompt encoder and its ONNX form."""
+
+
+class Prompts(NamedTuple):
+    """What the annotator has said so far about P objects.
+
+    A prompt of points alone ends in exactly one `PADDING` point, and a box is its two corners without
+    padding: point-first and box-first objects thus share one N, and both equal the published encoder.
+
+    Attributes:
+        point_coords: (P, N, 2) float, (x, y) pixel indices in the frame the giver states (the prompt
+            encoder takes the model input frame and moves to pixel centres itself).
+        point_labels: (P, N) int64, one of the labels above.
+        mask_inputs: (P, 1, h, w) logits of an earlier answer, or None.
+    """
+
+    point_coords: Tensor
+    point_labels: Tensor
+    mask_inputs: Tensor | None = None
+
+
+class ImageFeatures(NamedTuple):
+    """An encoded batch of images.
+
+    Attributes:
+        image_embeddings: (N, C, h, w) float.
+    """
+
+    image_embeddings: Tensor
+
+
+class MaskPrediction(NamedTuple):
+    """The decoder's answer for P prompts with M candidates each.
+
+    Attributes:
+        low_res_masks: (P, M, h, w) logits; threshold at 0.
+        iou_predictions: (P, M) float, the predicted IoU of each candidate.
+    """
+
+    low_res_masks: Tensor
+    iou_predictions: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """One mask of an image, as in SA-1B's JSON; original frame.
+
+    Attributes:
+        rle: COCO run lengths, {"size": [H, W], "counts": compressed string}.
+        bbox: (x, y, w, h) in pixels.
+        predicted_iou, stability_score, point_coords: absent (None) on human masks.
+        extra: every other key of the JSON, kept as it came.
+    """
+
+    id: int
+    rle: Mapping[str, Any]
+    bbox: tuple[float, float, float, float]
+    area: float
+    predicted_iou: float | None = None
+    stability_score: float | None = None
+    point_coords: tuple[tuple[float, float], ...] | None = None
+    crop_box: tuple[float, float, float, float] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image with its masks at original resolution; pixels are decoded when first looked at.
+
+    Attributes:
+        key: names the image within its source.
+        size: (H, W) as the metadata states it.
+        annotations: the image's masks.
+        load: returns the (H, W, 3) uint8 RGB pixels.
+        source: the data set's name, for logs and per-source scores.
+    """
+
+    key: str
+    size: tuple[int, int]
+    annotations: tuple[Annotation, ...]
+    load: Callable[[], np.ndarray]
+    source: str = ""
+
+    @cached_property
+    def image(self) -> np.ndarray:
+        """The (H, W, 3) uint8 RGB pixels."""
+        return self.load()
+
+
+class ImageSample(NamedTuple):
+    """One image ready for training.
+
+    Attributes:
+        key: the record's key.
+        image: (3, H, W) uint8 RGB, resized to the model input, not padded.
+        masks: (M, h, w) bool on the mask grid of the padded square input.
+        boxes: (M, 4) float xyxy, model input frame.
+        input_size: (H, W) of `image`.
+        original_size: (H, W) before any transform.
+        seed: what everything random about this sample derives from: (seed, epoch, key) hashed.
+    """
+
+    key: str
+    image: Tensor
+    masks: Tensor
+    boxes: Tensor
+    input_size: tuple[int, int]
+    original_size: tuple[int, int]
+    seed: int
+
+
+class ImageBatch(NamedTuple):
+    """Images packed with all their masks: P masks of N images, concatenated, none repeated.
+
+    Attributes:
+        images: (N, 3, S, S) uint8 RGB, zero-padded at the bottom and right.
+        input_sizes: (N, 2) int64 (H, W) of the part that is not padding.
+        masks: (P, h, w) bool.
+        boxes: (P, 4) float xyxy, model input frame.
+        image_index: (P,) int64, the image each mask belongs to, in order.
+        keys: N names.
+        seeds: N seeds.
+    """
+
+    images: Tensor
+    input_sizes: Tensor
+    masks: Tensor
+    boxes: Tensor
+    image_index: Tensor
+    keys: tuple[str, ...]
+    seeds: tuple[int, ...]

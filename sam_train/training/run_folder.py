@@ -1,0 +1,216 @@
+"""A run's folder: what it holds, and whether a configuration may start, go on or is done there.
+
+.hydra/config.yaml      the configuration, interpolations unresolved, so that it compares across machines
+checkpoints/last.ckpt   where the run goes on from
+metrics.csv             a row a log step
+metrics.json            written last: it marks the run as finished
+train.log               what the terminal showed, and tracebacks
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = Path(".hydra") / "config.yaml"
+LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+METRICS = Path("metrics.csv")
+RESULT = Path("metrics.json")
+
+# Where and how a run is carried out, not what it learns: these may differ when it goes on.
+IGNORED = (
+    "run_dir",
+    "resume",
+    "doctor",
+    "paths",
+    "logger",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "data.num_workers",
+)
+MAX_DIFFERENCES = 20
+ABSENT = object()
+
+
+class Action(Enum):
+    """What to do in a run folder."""
+
+    START = "start"
+    RESUME = "resume"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run folder holds.
+
+    Attributes:
+        config: the configuration of the run that made it, None for a folder without one.
+        last_checkpoint: where to go on from, None before the first checkpoint.
+        result: the final metrics of a finished run, else None.
+    """
+
+    config: Mapping[str, Any] | None = None
+    last_checkpoint: Path | None = None
+    result: Mapping[str, Any] | None = None
+
+
+def inspect(folder: Path) -> RunState:
+    """Reads a run folder, which need not exist."""
+    last = folder / LAST_CHECKPOINT
+    return RunState(
+        config=_read_config(folder / CONFIG),
+        last_checkpoint=last if last.is_file() else None,
+        result=_read_result(folder / RESULT),
+    )
+
+
+def decide(folder: Path, state: RunState, config: Mapping[str, Any], *, resume: str) -> Action:
+    """Whether the run described by `config` starts, goes on or is done in `folder`.
+
+    An attempt that reached neither a checkpoint nor a result holds nothing to lose: its folder is free.
+
+    Args:
+        folder: for the messages.
+        state: what the folder holds.
+        config: of the run that is asked for.
+        resume: "auto", or "force" to go on with another configuration.
+
+    Raises:
+        ValueError: the folder holds another run, and `resume` is not "force".
+    """
+    if resume not in ("auto", "force"):
+        raise ValueError(f"resume is auto or force, got {resume}")
+    if state.last_checkpoint is None and state.result is None:
+        return Action.START
+    changes = [] if state.config is None else differences(state.config, config)
+    if resume != "force":
+        if state.config is None:
+            raise ValueError(
+                f"{folder} holds checkpoints or metrics of a run but not its {CONFIG}, so nothing says what "
+                "was run there; choose another run_dir=PATH, or go on there with resume=force"
+            )
+        if changes:
+            raise ValueError(_refusal(folder, changes))
+    if state.result is not None and not changes:
+        return Action.FINISHED
+    return Action.RESUME if state.last_checkpoint else Action.START
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What `here` changes of the configuration `there`, one line a name, but for `IGNORED`."""
+    old, new = dict(_leaves(there)), dict(_leaves(here))
+    return [
+        f"{name}: {_show(old.get(name, ABSENT))} there, {_show(new.get(name, ABSENT))} here"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, ABSENT) != new.get(name, ABSENT) and not _is_ignored(name)
+    ]
+
+
+def prepare(folder: Path, config: Mapping[str, Any], action: Action) -> None:
+    """Makes the folder, sees that it can be written, and records the configuration.
+
+    A fresh start clears what an attempt that never reached a checkpoint left behind; a run that goes
+    on is unfinished until it writes its result again.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    try:
+        write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
+        (folder / RESULT).unlink(missing_ok=True)
+        if action is Action.START:
+            (folder / METRICS).unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"the run folder {folder} cannot be written ({reason}); choose another with run_dir=PATH"
+        ) from error
+
+
+def finish(folder: Path, result: Mapping[str, Any]) -> None:
+    """Marks the run as finished by writing its final `metrics.json`."""
+    write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file so that a reader, or a second start, sees either the old text or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(text)
+    try:
+        os.chmod(file.name, 0o666 & ~_umask())
+        os.replace(file.name, path)
+    except OSError:
+        os.unlink(file.name)
+        raise
+
+
+def _refusal(folder: Path, changes: list[str]) -> str:
+    shown = changes[:MAX_DIFFERENCES]
+    if len(changes) > len(shown):
+        shown.append(f"... and {len(changes) - len(shown)} more")
+    lines = "\n".join(f"  {line}" for line in shown)
+    return (
+        f"{folder} holds a run with another configuration:\n{lines}\n"
+        "Choose another run_dir=PATH, go on there with this configuration by resume=force, or delete the folder."
+    )
+
+
+def _read_config(path: Path) -> Mapping[str, Any] | None:
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except yaml.YAMLError as error:
+        raise ValueError(
+            f"{path} is not a readable configuration; choose another run_dir"
+        ) from error
+    return config if isinstance(config, dict) else None
+
+
+def _read_result(path: Path) -> Mapping[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not readable; delete it, and the run goes on from its last checkpoint"
+        ) from error
+
+
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping) and node:
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, node
+
+
+def _is_ignored(name: str) -> bool:
+    return any(name == key or name.startswith(f"{key}.") for key in IGNORED)
+
+
+def _show(value: Any) -> str:
+    return "absent" if value is ABSENT else json.dumps(value)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,47 @@
+"""What many tests share: small models, scenes, real data where it is at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import DictConfig
+
+from sam_train import config
+from sam_train.models.sam import Sam
+from sam_train.structures import ImageRecord
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets; tests that need it are skipped, and say so, where there is none."""
+    root = Path(config.data_root())
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}: set SAM_TRAIN_DATA to run this test")
+    return root
+
+
+@pytest.fixture
+def compose() -> Callable[..., DictConfig]:
+    """`compose("train", ["experiment=quickstart"])`: what the command would run with."""
+    return config.compose
+
+
+@pytest.fixture
+def tiny_sam() -> Sam:
+    """`model=sam_tiny` with fixed random weights, in eval mode."""
+    torch.manual_seed(0)
+    model = config.instantiate(config.compose("train", ["model=sam_tiny"]).model)
+    assert isinstance(model, Sam)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def synthetic_scenes() -> list[ImageRecord]:
+    """Four built-in scenes of 96 px with their masks."""
+    from sam_train.data.synthetic import SyntheticSource
+
+    source = SyntheticSource(split="val", num_scenes=4, size=96, seed=0)
+    return list(source.records(epoch=0, reader=0, num_readers=1, shuffle=False))

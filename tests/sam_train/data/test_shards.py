@@ -1,0 +1,105 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sam_train.data.shards import decode_record, encode_record
+from sam_train.structures import Annotation
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def test_a_record_survives_the_way_through_its_files(make):
+    record = make.record("a", np.eye(6, 9, dtype=bool)[None], noise(6, 9))
+    full = dataclasses.replace(
+        record.annotations[0],
+        predicted_iou=0.9,
+        stability_score=0.95,
+        point_coords=((1.0, 2.0),),
+        crop_box=(0.0, 0.0, 9.0, 6.0),
+        extra={"source": "assisted", "round": 3},
+    )
+    record = dataclasses.replace(record, annotations=(record.annotations[0], full))
+
+    back = decode_record("a", encode_record(record, suffix="png"), "made")
+
+    assert (back.key, back.size, back.source) == ("a", (6, 9), "made")
+    assert back.annotations == record.annotations
+    np.testing.assert_array_equal(back.image, record.image)
+
+
+def test_what_a_human_mask_lacks_is_not_written(make):
+    files = encode_record(make.square("a"), image_id=7)
+
+    content = json.loads(files["json"])
+    assert content["image"] == {"image_id": 7, "width": 32, "height": 24, "file_name": "a.jpg"}
+    assert set(content["annotations"][0]) == {"id", "segmentation", "bbox", "area"}
+    assert isinstance(content["annotations"][0]["segmentation"]["counts"], str)
+
+
+def test_image_bytes_given_are_kept_as_they_are(make):
+    original = encode_record(make.square("a"))["jpg"]
+    assert encode_record(make.square("a"), image_bytes=original)["jpg"] is original
+
+
+def test_pixels_are_decoded_only_when_looked_at(make):
+    files = encode_record(make.square("a")) | {"jpg": b"no image"}
+
+    record = decode_record("a", files)
+
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        record.image  # noqa: B018
+
+
+def test_box_and_area_are_measured_where_the_json_lacks_them(make):
+    record = make.square("a")
+    files = encode_record(record)
+    content = json.loads(files["json"])
+    del content["annotations"][0]["bbox"], content["annotations"][0]["area"]
+
+    measured: Annotation = decode_record(
+        "a", files | {"json": json.dumps(content).encode()}
+    ).annotations[0]
+
+    assert (measured.bbox, measured.area) == (record.annotations[0].bbox, 64)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda files: files.pop("json"), "no .json"),
+        (lambda files: files.pop("jpg"), "no image"),
+        (lambda files: files.update(json=b"{"), "does not parse"),
+        (lambda files: files.update(json=b"\xff\xfe\x00"), "does not parse"),
+        (lambda files: files.update(json=b"[]"), "no object `image`"),
+        (lambda files: files.update(json=b'{"image": {"width": 3}}'), "no size"),
+        (
+            lambda files: files.update(json=b'{"image": {"width": 3, "height": 3}}'),
+            "no list `annotations`",
+        ),
+        (
+            lambda files: files.update(json=files["json"].replace(b"[24,32]", b"[32,24]")),
+            "annotation 0 .* 32 x 24 .* 24 x 32",
+        ),
+        (
+            lambda files: files.update(json=files["json"].replace(b'"bbox":[', b'"bbox":[1,')),
+            "expected 4 numbers",
+        ),
+    ],
+)
+def test_a_damaged_sample_says_what_is_wrong(make, change, message):
+    files = encode_record(make.square("a"))
+    change(files)
+    with pytest.raises(ValueError, match=message):
+        decode_record("a", files)
+
+
+def test_pixels_of_another_size_than_stated_are_refused(make):
+    files = encode_record(make.square("a")) | {
+        "jpg": encode_record(make.square("a", (20, 20)))["jpg"]
+    }
+    with pytest.raises(ValueError, match="20 x 20 .* 24 x 32"):
+        decode_record("a", files).image  # noqa: B018

@@ -15,19 +15,20 @@ help:
 
 .venv/made:
 	@for python in $(PYTHON) python3.12 python3.11 python3.13 python3.14 python3; do \
+	  [ -x $(BIN)/python ] && break; \
 	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
-	  rm -rf .venv; \
-	  if $$python -m venv .venv 2>/dev/null; then echo "made .venv with $$($(BIN)/python -V)"; break; fi; \
+	  $$python -m venv .venv 2>/dev/null || rm -rf .venv; \
 	done
-	@test -x $(BIN)/python || { \
-	  echo "no Python 3.11 or newer with the venv module was found: install one, or say PYTHON=PATH"; exit 2; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "no Python 3.11 or newer with the venv module: install one, or say PYTHON=PATH"; exit 2; }
+	@$(BIN)/python -m ensurepip >/dev/null 2>&1 || true
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv || echo "no uv: going on with pip"
 	@touch $@
 
 # uv first with the torch build for this machine (on one without a GPU a tenth of the size), then with
 # whatever the package index has, then pip.
 define install
-	@echo "installing $(1) (minutes on a fresh machine)"
+	@echo "installing $(1) into .venv with $$($(BIN)/python -V): minutes on a fresh machine"
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --torch-backend=auto -e '$(1)' 2>/dev/null \
 	  || $(BIN)/uv pip install --quiet --python $(BIN)/python -e '$(1)' \
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '$(1)'

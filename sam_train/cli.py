@@ -11,7 +11,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,11 @@ if TYPE_CHECKING:
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "SAM_TRAIN_TRACEBACK"
+NO_NEWS = (
+    "Checkpoint directory .* exists and is not empty",
+    "The '.*_dataloader' does not have many workers",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch's newest pytree
+)
 
 
 def train(cfg: DictConfig) -> None:
@@ -87,20 +93,31 @@ def _build_training(
 ) -> tuple[lightning.LightningModule, lightning.LightningDataModule, lightning.Trainer]:
     import lightning
 
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = config.instantiate(cfg.task)
+    if "model" in cfg:
+        module.model_config = config.plain(cfg.model, resolve=True)
+    module.model_config = config.plain(cfg.model, resolve=True)  # travels in its checkpoints
     if weights is not None:
         from sam_train.checkpoints.load import load_weights
 
         load_weights(module.model, weights)
     data = config.instantiate(cfg.data)
+    callbacks = dict(cfg.callbacks or {})
+    if not cfg.trainer.enable_progress_bar:  # Lightning refuses the one with the other
+        callbacks.pop("progress", None)
     trainer = config.instantiate(
         cfg.trainer,
-        logger=[config.instantiate(node) for node in (cfg.logger or {}).values()],
-        callbacks=[config.instantiate(node) for node in (cfg.callbacks or {}).values()],
+        logger=_instantiate_all(cfg.logger or {}),
+        callbacks=_instantiate_all(callbacks),
         default_root_dir=cfg.run_dir,
     )
     return module, data, trainer
+
+
+def _instantiate_all(nodes: Mapping[Any, Any]) -> list[Any]:
+    return [config.instantiate(node) for node in nodes.values() if node is not None]
 
 
 def _fit(
@@ -110,12 +127,22 @@ def _fit(
     resumed: Path | None,
 ) -> None:
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+        with _quiet_lightning():
+            trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except SystemExit:
         # Lightning turns Ctrl-C into exit code 1, once its callbacks have saved.
         if trainer.interrupted:
             raise KeyboardInterrupt from None
         raise
+
+
+@contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Leaves out what is no news here: a resumed run has checkpoints, readers are counted in conf/data."""
+    with warnings.catch_warnings():
+        for text in NO_NEWS:
+            warnings.filterwarnings("ignore", message=text)
+        yield
 
 
 def _evaluated_run(cfg: DictConfig) -> Path:
@@ -148,7 +175,12 @@ def _train_log(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        ended = {"name": __name__, "levelname": "ERROR", "msg": "the run ended here", "exc_info": sys.exc_info()}
+        ended = {
+            "name": __name__,
+            "levelname": "ERROR",
+            "msg": "the run ended here",
+            "exc_info": sys.exc_info(),
+        }
         handler.handle(logging.makeLogRecord(ended))
         raise
     finally:

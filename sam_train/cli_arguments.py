@@ -53,7 +53,9 @@ def parse(argv: Sequence[str]) -> Arguments:
     quoted = [quote(argument, parser) if _is_override(argument) else argument for argument in rest]
     if any(flag in quoted for flag in MULTIRUN_FLAGS):
         quoted.append(_name_jobs_by_what_is_swept(quoted, parser))
-    return Arguments(config_dir, quoted)
+    # Hydra's parser wants all overrides in one place; people put flags between them.
+    flags = [argument for argument in quoted if not _is_override(argument)]
+    return Arguments(config_dir, [*filter(_is_override, quoted), *flags])
 
 
 def quote(override: str, parser: OverridesParser | None = None) -> str:
@@ -107,7 +109,7 @@ def _split(value: str) -> list[str]:
 
 
 def _is_override(argument: str) -> bool:
-    return not argument.startswith("-") and "=" in argument
+    return argument.startswith("~") or ("=" in argument and not argument.startswith("-"))
 
 
 def _take_config_dir(argv: Sequence[str]) -> tuple[str | None, list[str]]:

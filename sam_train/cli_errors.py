@@ -45,7 +45,7 @@ def describe(
     if isinstance(error, MissingConfigException):
         return _missing_option(error, config_dir)
     if isinstance(error, InstantiationException):
-        return _instantiation(error)
+        return _instantiation(error, list(overrides))
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key or str(error).rsplit(" ", 1)[-1]
         return f"{key} has no value; say {key}=..."
@@ -61,7 +61,7 @@ def describe(
         return _from_worker(str(error))
     if isinstance(error, (OSError, ImportError)):
         return _text(error)
-    if isinstance(error, ValueError) and _raised_here(error):
+    if isinstance(error, (ValueError, FloatingPointError)) and _raised_here(error):
         return _text(error)
     return None
 
@@ -130,7 +130,7 @@ def _unknown_name(name: str, root: str, overrides: list[str], config_dir: str | 
     return f"{name}: there is no such setting or group. {hint} `--help` lists all."
 
 
-def _instantiation(error: InstantiationException) -> str | None:
+def _instantiation(error: InstantiationException, overrides: list[str]) -> str | None:
     text = str(error)
     match = re.search(r"full_key: (\S+)", text)
     where = f"{match[1]}: " if match else ""
@@ -148,9 +148,10 @@ def _instantiation(error: InstantiationException) -> str | None:
         return f"{where}{_text(cause)}"
     if isinstance(cause, (TypeError, RuntimeError, KeyError, AttributeError)):
         # A value of the wrong kind that nobody checked: it came from the configuration all the same.
-        kind = type(cause).__name__
+        node = match[1] if match else ""
+        given = ", ".join(item for item in overrides if item.lstrip("+").startswith(f"{node}."))
         return (
-            f"{where}cannot be built from these values ({kind}: {cause}); "
+            f"{where}cannot be built from {given or 'these values'} ({type(cause).__name__}: {cause}); "
             "the variable SAM_TRAIN_TRACEBACK=1 shows where"
         )
     return None

@@ -95,7 +95,7 @@ def check_complete(cfg: DictConfig) -> None:
     Raises:
         ValueError: at least one is missing.
     """
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
+    if missing := [name for name, value in _named_values(cfg) if value == "???"]:
         raise ValueError(
             f"no value for {', '.join(missing)}; say {' '.join(f'{k}=...' for k in missing)}"
         )
@@ -110,15 +110,16 @@ def plain(node: Any, *, resolve: bool) -> dict[str, Any]:
 
 def dotted_keys(node: Any) -> list[str]:
     """Every name a user can override, as `optim.lr`, nodes and leaves alike."""
-    keys: list[str] = []
+    return [name for name, _ in _named_values(node)]
 
-    def walk(value: Any, prefix: str) -> None:
-        for key, child in value.items() if isinstance(value, dict) else ():
-            keys.append(f"{prefix}{key}")
-            walk(child, f"{prefix}{key}.")
 
-    walk(plain(node, resolve=False), "")
-    return keys
+def _named_values(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nodes and leaves by dotted name, interpolations as they stand."""
+    items = plain(node, resolve=False) if isinstance(node, DictConfig) else node
+    for key, value in items.items():
+        yield f"{prefix}{key}", value
+        if isinstance(value, dict):
+            yield from _named_values(value, f"{prefix}{key}.")
 
 
 def data_root() -> str:
@@ -167,6 +168,13 @@ def _folder_name(text: str) -> str:
     return name if len(name) <= 200 else f"{name[:180]}-{zlib.crc32(text.encode()):08x}"
 
 
+def _low_res_size(image_encoder: DictConfig) -> int:
+    """Side of the masks a model predicts: the decoder upscales its embedding four times."""
+    stride = image_encoder.get("stride") or image_encoder.get("patch_size") or 16
+    return 4 * int(image_encoder.img_size) // int(stride)
+
+
+OmegaConf.register_new_resolver("low_res_size", _low_res_size, replace=True)
 OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
 OmegaConf.register_new_resolver("chosen", _chosen, replace=True)
 OmegaConf.register_new_resolver("data_root", data_root, replace=True)

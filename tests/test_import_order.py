@@ -44,7 +44,11 @@ def test_imports_follow_the_map() -> None:
         ("sam_train/data/a.py", "from ..models import b", "data imports models"),
         ("sam_train/data/a.py", "import data_engine.cli", "sam_train imports data_engine"),
         ("sam_train/config.py", "from sam_train import structures", "config imports structures"),
-        ("sam_train/ops/a.py", "from sam_train import load_model", "imports from sam_train/__init__"),
+        (
+            "sam_train/ops/a.py",
+            "from sam_train import load_model",
+            "imports from sam_train/__init__",
+        ),
         ("sam_train/ops/a.py", "import sam_train", "imports from sam_train/__init__"),
         ("data_engine/a.py", "from sam_train import load_model", "imports from sam_train/__init__"),
         ("sam_train/newcomer.py", "", "newcomer is not on the map"),

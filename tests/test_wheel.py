@@ -65,7 +65,9 @@ def test_the_wheel_names_every_command(installed: Path) -> None:
 
     scripts = {line.partition(" =")[0] for line in entry_points.read_text().splitlines()}
 
-    trained = {f"sam-{verb}" for verb in ("train", "eval", "segment", "precompute", "convert", "export")}
+    trained = {
+        f"sam-{verb}" for verb in ("train", "eval", "segment", "precompute", "convert", "export")
+    }
     assert trained | {"data-engine"} <= scripts
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import re
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,10 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
         what = "no checkpoint" if start else "an empty file"
         raise CheckpointError(f"{path} is {what}; {READABLE}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            # Of pickles that are not torch's own; whether they can be read is seen by trying.
+            warnings.simplefilter("ignore", UserWarning)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL:? ([\w.]+)", str(error)):
             raise CheckpointError(

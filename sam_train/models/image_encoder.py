@@ -6,6 +6,7 @@ TinyViT, and any timm backbone that gives feature maps.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -159,7 +160,8 @@ class TimmEncoder(nn.Module):
         stride: pixels between the tokens of the embedding; finer features see smaller objects.
         out_chans: C of the image embedding.
         in_chans: image channels.
-        pretrain_img_size: the side that a plain ViT's positions are for; `img_size` by default.
+        pretrain_img_size: the side that stored positions are for, where there are any; `img_size` by
+            default.
         max_stride: backbone levels coarser than this are left out.
         pretrained: timm's weights, downloaded or from its cache.
         backbone: further arguments of the timm model.
@@ -192,7 +194,7 @@ class TimmEncoder(nn.Module):
             features_only=True,
             pretrained=pretrained,
             in_chans=in_chans,
-            **_size_arguments(name, pretrain_img_size or img_size),
+            **_size_arguments(name, img_size, pretrain_img_size or img_size),
             **(backbone or {}),
         )
         info: Any = build().feature_info
@@ -201,7 +203,9 @@ class TimmEncoder(nn.Module):
         if stride not in levels:
             raise ValueError(f"{name} has features at strides {info.reduction()}, not at {stride}")
         self.backbone = build(out_indices=tuple(levels.values()))
-        self.backbone.set_grad_checkpointing(grad_checkpointing)
+        if grad_checkpointing:
+            # Where timm only wraps the model, the wrapper does not pass this on.
+            getattr(self.backbone, "model", self.backbone).set_grad_checkpointing()
         if not pretrained:
             _start_biases_off_zero(self.backbone)
         self.neck = FPNNeck(self.backbone.feature_info.channels(), out_chans)
@@ -218,10 +222,13 @@ class TimmEncoder(nn.Module):
         return self.neck(levels)
 
 
-def _size_arguments(name: str, img_size: int) -> dict[str, Any]:
-    """Plain ViTs must be told the size, and to interpolate their positions to any other."""
-    is_plain_vit = name.startswith(("vit_", "deit_", "deit3_", "eva02_"))
-    return {"img_size": img_size, "dynamic_img_size": True} if is_plain_vit else {}
+def _size_arguments(name: str, img_size: int, pretrain_img_size: int) -> dict[str, Any]:
+    """The size for those that must be told, and leave to take any other for those that can."""
+    with torch.device("meta"):
+        known = inspect.signature(type(timm.create_model(name))).parameters
+    if "dynamic_img_size" in known:
+        return {"img_size": pretrain_img_size, "dynamic_img_size": True}
+    return {"img_size": img_size} if "img_size" in known else {}
 
 
 @torch.no_grad()

@@ -24,7 +24,9 @@ class Attention(nn.Module):
         super().__init__()
         internal_dim = embedding_dim // downsample_rate
         if internal_dim % num_heads:
-            raise ValueError(f"num_heads must divide the inner width {internal_dim}, got {num_heads}")
+            raise ValueError(
+                f"num_heads must divide the inner width {internal_dim}, got {num_heads}"
+            )
         self.num_heads = num_heads
         self.internal_dim = internal_dim
         self.scale = (internal_dim // num_heads) ** -0.5

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sam_train.structures import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, Prompts
+
 Array = TypeVar("Array", Tensor, np.ndarray)
 
 
@@ -61,6 +63,15 @@ def boxes_to_grid(boxes: Array, stride: float) -> Array:
 def boxes_to_input(boxes: Array, stride: float) -> Array:
     """The inverse of `boxes_to_grid`."""
     return boxes * stride
+
+
+def prompts_to_input(prompts: Prompts, stride: float) -> Prompts:
+    """Prompts on the mask grid to the model input frame: clicks are cells, box corners are edges."""
+    labels = prompts.point_labels[..., None]
+    is_corner = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
+    coords = prompts.point_coords
+    coords = torch.where(is_corner, boxes_to_input(coords, stride), grid_to_input(coords, stride))
+    return prompts._replace(point_coords=coords)
 
 
 def _scale(coords: Array, scale_x: float, scale_y: float) -> Array:

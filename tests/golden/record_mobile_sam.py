@@ -55,7 +55,9 @@ def image() -> Tensor:
 def prompts() -> dict[str, Tensor]:
     """Two objects, each with a click of either label, in the model input frame."""
     return {
-        "point_coords": torch.tensor([[[300.0, 200.0], [700.0, 650.0]], [[512.0, 90.0], [8.0, 8.0]]]),
+        "point_coords": torch.tensor(
+            [[[300.0, 200.0], [700.0, 650.0]], [[512.0, 90.0], [8.0, 8.0]]]
+        ),
         "point_labels": torch.tensor([[1, 0], [1, 1]]),
     }
 
@@ -74,13 +76,23 @@ def summary(values: Tensor) -> dict[str, Any]:
 
 def answers(model: Any) -> dict[str, dict[str, Any]]:
     """What a MobileSAM says to the image and the prompts."""
+    points = prompts()
     with torch.no_grad():
         embeddings = model.image_encoder(model.preprocess(image())[None])
-        output = model([{"image": image(), "original_size": (600, 800), **prompts()}], True)[0]
+        sparse, dense = model.prompt_encoder(
+            points=(points["point_coords"], points["point_labels"]), boxes=None, masks=None
+        )
+        low_res_masks, iou_predictions = model.mask_decoder(
+            image_embeddings=embeddings,
+            image_pe=model.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
     return {
         "image_embeddings": summary(embeddings),
-        "low_res_masks": summary(output["low_res_logits"]),
-        "iou_predictions": summary(output["iou_predictions"]),
+        "low_res_masks": summary(low_res_masks),
+        "iou_predictions": summary(iou_predictions),
     }
 
 

@@ -72,7 +72,7 @@ def published_sam(randomise):
                 embed_dim=out_chans,
                 image_embedding_size=(grid, grid),
                 input_image_size=(img_size, img_size),
-                mask_in_chans=8,
+                mask_in_chans=16,
             ),
             mask_decoder=published.MaskDecoder(
                 num_multimask_outputs=3,

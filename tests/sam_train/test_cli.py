@@ -94,7 +94,8 @@ def test_ctrl_c_leaves_a_run_that_goes_on(
     assert not (tmp_path / "run/metrics.json").exists()
 
     assert train("task.break_at=-1", "resume=force") == 0
-    assert steps(tmp_path / "run") == [0, 1, 2, 3]
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["metrics"]["steps"] == 4
+    assert steps(tmp_path / "run")[:2] == [0, 1]
 
 
 def test_a_sweep_gives_each_job_a_folder(train: Train, tmp_path: Path) -> None:
@@ -198,7 +199,10 @@ def test_a_bug_keeps_its_traceback_and_exits_with_1(
 
 
 def test_a_folder_that_cannot_be_written_stops_the_run(
-    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    train: Train,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def read_only(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system", "run")
@@ -221,6 +225,7 @@ def test_a_file_that_is_no_checkpoint_is_named(
     assert "notes.pth" in message(capsys)
 
 
+@pytest.mark.filterwarnings("ignore:You passed in a `val_dataloader`:UserWarning")
 def test_an_empty_data_folder_is_named(
     train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -232,13 +237,11 @@ def test_an_empty_data_folder_is_named(
 
 def test_eval_asks_for_what_only_the_user_knows(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run("eval", ["data=shards"]) == 2
-    assert "no value for checkpoint, data.path; say" in message(capsys)
+    assert "no value for data.path, checkpoint; say" in message(capsys)
 
 
 @pytest.mark.parametrize("verb", sorted(cli.PLANNED))
-def test_a_command_that_is_not_built_says_so(
-    verb: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_command_that_is_not_built_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(verb, ["checkpoint=x"]) == 2
     assert f"sam-{verb}: not built yet" in message(capsys)
 
@@ -280,6 +283,7 @@ def test_help_and_mistakes_answer_before_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=environment, capture_output=True)
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process_of_its_own_exits_with_130(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sam_train.cli", "train", "experiment=toy", "run_dir=run"]
     command += [f"--config-dir={TOY / 'conf'}", "trainer.max_steps=100000000"]

@@ -32,7 +32,7 @@ def value_of(argument: str) -> Any:
         "a=b=c",
         "/x/[1] final/a.tar",
         "it's here (1)",
-        "say \"hi\" (1)",
+        'say "hi" (1)',
         "C:\\runs\\a=b\\",
         "a\\'b=",
         "données/été",
@@ -110,7 +110,9 @@ def test_a_prefix_stays_in_front_of_the_name(prefix: str) -> None:
 
 @pytest.mark.parametrize("flag", [["--config-dir", "{}"], ["--config-dir={}"], ["-cd", "{}"]])
 def test_the_users_folder_is_split_off(tmp_path: Path, flag: list[str]) -> None:
-    arguments = cli_arguments.parse(["a=1", *(part.format(tmp_path) for part in flag), "--cfg", "job"])
+    arguments = cli_arguments.parse(
+        ["a=1", *(part.format(tmp_path) for part in flag), "--cfg", "job"]
+    )
 
     assert arguments.config_dir == str(tmp_path)
     assert arguments.hydra == ["a=1", "--cfg", "job"]
@@ -124,11 +126,19 @@ def test_a_folder_that_is_not_there_is_named(argv: list[str]) -> None:
 
 
 def test_a_bare_word_is_taken_for_a_forgotten_name() -> None:
-    with pytest.raises(ValueError, match="expected NAME=VALUE, got 'nuclai'; did you mean .*=nuclei"):
+    with pytest.raises(
+        ValueError, match="expected NAME=VALUE, got 'nuclai'; did you mean .*=nuclei"
+    ):
         cli_arguments.parse(["nuclai"])
+
+
+def test_flags_may_stand_between_overrides() -> None:
+    arguments = cli_arguments.parse(["a=1", "--cfg", "job", "b=2", "--resolve", "~c"])
+
+    assert arguments.hydra == ["a=1", "b=2", "~c", "--cfg", "job", "--resolve"]
 
 
 def test_jobs_of_a_sweep_are_named_by_what_is_swept() -> None:
     arguments = cli_arguments.parse(["-m", "seed=1,2", "run_dir=a b (1)", "+x=3"])
 
-    assert arguments.hydra[-1] == f"{cli_arguments.EXCLUDED_FROM_NAME}=['run_dir','x']"
+    assert arguments.hydra[-2] == f"{cli_arguments.EXCLUDED_FROM_NAME}=['run_dir','x']"

@@ -126,7 +126,9 @@ def test_vit_b_agrees_at_full_size(tmp_path, randomise, relative_error, prompt_c
 @pytest.fixture
 def prompt_case_points():
     return {
-        "point_coords": torch.tensor([[[500.0, 300.0], [20.0, 600.0]], [[1000.0, 10.0], [3.0, 4.0]]]),
+        "point_coords": torch.tensor(
+            [[[500.0, 300.0], [20.0, 600.0]], [[1000.0, 10.0], [3.0, 4.0]]]
+        ),
         "point_labels": torch.tensor([[1, 0], [1, 1]]),
         "boxes": torch.tensor([[100.0, 90.0, 700.0, 500.0], [0.0, 0.0, 1023.0, 682.0]]),
     }

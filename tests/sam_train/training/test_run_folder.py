@@ -116,7 +116,9 @@ def test_checkpoints_without_a_configuration_are_not_gone_on_from_unasked(tmp_pa
     assert decide(tmp_path, CONFIG, resume="force") is Action.RESUME
 
 
-@pytest.mark.parametrize(("name", "content"), [(".hydra/config.yaml", "a: ["), ("metrics.json", "{")])
+@pytest.mark.parametrize(
+    ("name", "content"), [(".hydra/config.yaml", "a: ["), ("metrics.json", "{")]
+)
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str) -> None:
     checkpointed(tmp_path)
     (tmp_path / name).write_text(content)

@@ -1,0 +1,81 @@
+"""Pictures of a run: its curves, and what the model answers click by click."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from sam_train.metrics.click_rollout import trace_clicks
+from sam_train.ops.drawing import click_strip, new_figure, save_figure, save_image, tiled
+from sam_train.structures import ImageRecord
+
+if TYPE_CHECKING:
+    from sam_train.training.interactive import InteractiveTraining
+
+PANELS = (
+    ("loss", ("train/loss", "train/mask_loss_pass0")),
+    ("IoU in training", ("train/iou_point", "train/iou_box")),
+    ("IoU in validation", ("val/mean_iou@1", "val/mean_iou@3", "val/box_mean_iou")),
+    ("gradient norm, unclipped", ("grad_norm/image_encoder", "grad_norm/mask_decoder")),
+)
+SMOOTHED_OVER = 0.02
+"""Share of a curve that is averaged around each point; the raw values stay visible behind."""
+
+
+def draw_curves(path: Path, metrics_csv: Path) -> None:
+    """Draws what `metrics.csv` holds so far."""
+    if not metrics_csv.exists():
+        return
+    with metrics_csv.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure, panels = new_figure(1, len(PANELS), panel_in=(4.2, 3.2))
+    for panel, (title, names) in zip(np.ravel(panels), PANELS, strict=True):
+        for index, name in enumerate(names):
+            points = [(float(r["step"]), float(r[name])) for r in rows if r.get(name)]
+            if not points:
+                continue
+            steps, values = np.array(points).T
+            label = name.split("/")[-1]
+            if name.startswith("val/"):
+                panel.plot(steps, values, marker="o", markersize=3, color=f"C{index}", label=label)
+            else:
+                panel.plot(steps, values, color=f"C{index}", alpha=0.25, linewidth=0.8)
+                panel.plot(steps, _smoothed(values), color=f"C{index}", label=label)
+        panel.set_title(title)
+        panel.set_xlabel("step")
+        if "norm" in title:
+            panel.set_yscale("log")
+        if panel.lines:
+            panel.legend(frameon=False)
+    save_figure(path, figure)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    width = max(1, round(len(values) * SMOOTHED_OVER))
+    kernel = np.ones(2 * width + 1)
+    weights = np.convolve(np.ones_like(values), kernel, mode="same")
+    return np.convolve(values, kernel, mode="same") / weights
+
+
+def draw_clicks(
+    path: Path, training: InteractiveTraining, records: Iterator[ImageRecord], number: int
+) -> None:
+    """Draws one object of each of `number` validation images after 1, 2 and 3 clicks."""
+    strips = []
+    for record, _ in zip(records, range(number), strict=False):
+        largest = max(range(len(record.annotations)), key=lambda i: record.annotations[i].area)
+        (steps,) = trace_clicks(training.model, record, [largest], training.val_prompts)
+        gt_mask = _decoded(record, largest)
+        strips.append(click_strip(record.image, gt_mask, steps))
+    if strips:
+        save_image(path, tiled(strips, columns=1))
+
+
+def _decoded(record: ImageRecord, index: int) -> np.ndarray:
+    from sam_train.ops.rle import decode
+
+    return decode(record.annotations[index].rle)

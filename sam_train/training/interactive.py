@@ -1,0 +1,181 @@
+"""Trains a Sam by playing the annotator: prompts, answers, corrections (SAM, appendix A)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor
+
+from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
+from sam_train.data.source import sample_seed
+from sam_train.losses.multimask import InteractiveLoss
+from sam_train.metrics.click_rollout import click_rollout
+from sam_train.metrics.clicks import ClickMetrics
+from sam_train.models.sam import Sam
+from sam_train.ops.coords import boxes_to_grid, prompts_to_input
+from sam_train.prompts.draws import PromptDraws
+from sam_train.prompts.simulator import Interaction, PromptSimulator
+from sam_train.structures import BOX_TOP_LEFT, ImageBatch, ImageRecord, MaskPrediction, Prompts
+from sam_train.training.optim import AdamW
+
+
+class InteractiveTraining(lightning.LightningModule):
+    """One optimiser step: encode the images once, play all prompts on them, learn from every answer.
+
+    Draws depend on the run's seed, the sample and the pass, never on rank or worker, and losses are
+    divided by the number of masks on all ranks: one process and many take the same step.
+
+    Args:
+        model: what is trained.
+        prompts: plays the annotator in training.
+        val_prompts: plays the annotator in validation, at original resolution.
+        loss: of one answer.
+        optim: builds the optimiser and knows the schedule.
+        seed: of the order of the passes.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Sam,
+        prompts: PromptSimulator,
+        val_prompts: PromptSimulator,
+        loss: InteractiveLoss,
+        optim: AdamW,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.prompts = prompts
+        self.val_prompts = val_prompts
+        self.loss = loss
+        self.optim = optim
+        self.seed = seed
+        self.model_config: dict[str, Any] | None = None
+        """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
+        self.val_metrics = ClickMetrics(val_prompts.num_corrections + 1)
+        if not self._feeds_masks_back():
+            # No mask ever reaches these weights, and a distributed run would wait for their gradients.
+            self.model.prompt_encoder.mask_downscaling.requires_grad_(False)
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Plays all passes on a batch; returns the loss, summed over passes' means."""
+        features = self.model.encode(batch.images, batch.input_sizes)
+        stride = self.model.image_encoder.img_size / batch.masks.shape[-1]
+
+        def decode(prompts: Prompts, multimask_output: bool) -> MaskPrediction:
+            return self.model.decode(
+                features,
+                prompts_to_input(prompts, stride),
+                image_index=batch.image_index,
+                multimask_output=multimask_output,
+            )
+
+        counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
+        rollout = self.prompts.rollout(
+            decode,
+            batch.masks,
+            boxes_to_grid(batch.boxes, stride),
+            PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device),
+            self.prompts.plan(self._plan_generator()),
+        )
+        share = 1 / self._global_num_masks(len(batch.masks))
+        total = torch.zeros((), device=batch.masks.device)
+        for number, interaction in enumerate(rollout):
+            answer = self.loss(interaction.prediction, batch.masks)
+            total = total + answer.total.sum() * share
+            self._log_answer(interaction, answer.candidate_ious, answer.mask)
+        loss = total / (number + 1)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
+                f"{', '.join(batch.keys)}: lower optim.lr, or train in trainer.precision=32-true"
+            )
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
+        """Clicks through the masks of one image."""
+        self.val_metrics.update(
+            click_rollout(self.model, record, self.val_prompts, seed=self.seed)
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, value in self.validation_scores().items():
+            self.log(f"val/{name}", value, prog_bar=name == "mean_iou@1", rank_zero_only=True)
+
+    def validation_scores(self) -> dict[str, float]:
+        """The scores of what was validated since the last start, of all ranks together."""
+        totals = self.val_metrics.totals.to(self.device, torch.float32)
+        self.val_metrics.totals = self.all_gather_sum(totals).double().cpu()
+        return self.val_metrics.compute()
+
+    def all_gather_sum(self, values: Tensor) -> Tensor:
+        """Adds a tensor up over all ranks."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return values
+        return self.trainer.strategy.reduce(values, reduce_op="sum")
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = self.optim.build(self.model)
+
+        def scale(step: int) -> float:
+            return self.optim.schedule.scale(step, self.progress())
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def progress(self) -> float:
+        """How much of the run is done, in [0, 1]: by steps or by time, whichever is further."""
+        shares = [0.0]
+        if self.trainer.max_steps > 0:
+            shares.append(self.trainer.global_step / self.trainer.max_steps)
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, lightning.pytorch.callbacks.Timer):
+                spent, left = callback.time_elapsed(), callback.time_remaining()
+                if left is not None:
+                    shares.append(spent / max(spent + left, 1e-9))
+        return min(1.0, max(shares))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.model_config is not None:
+            checkpoint[RECORD_KEY] = checkpoint_payload(self.model_config)
+
+    def _feeds_masks_back(self) -> bool:
+        simulator = self.prompts
+        return bool(
+            simulator.num_corrections + simulator.num_extra_passes or simulator.mask_prob > 0
+        )
+
+    def _plan_generator(self) -> torch.Generator:
+        """The same on all ranks, so that all run the same passes."""
+        batch_number = self.trainer.fit_loop.total_batch_idx if self._trainer is not None else 0
+        return torch.Generator().manual_seed(sample_seed(self.seed, batch_number, "plan"))
+
+    def _global_num_masks(self, num_masks: int) -> float:
+        """Masks on all ranks, divided by the ranks: gradients are averaged over them afterwards."""
+        if self._trainer is None or self.trainer.world_size == 1:
+            return float(max(1, num_masks))
+        count = torch.tensor(float(num_masks), device=self.device)
+        return max(1.0, float(self.all_gather_sum(count)) / self.trainer.world_size)
+
+    def _log_answer(
+        self, interaction: Interaction, candidate_ious: Tensor, mask_loss: Tensor
+    ) -> None:
+        chosen_ious = candidate_ious.gather(1, interaction.chosen[:, None])[:, 0]
+        figures = {f"train/iou_pass{interaction.pass_index}": chosen_ious.mean()}
+        if interaction.pass_index == 0:
+            figures["train/mask_loss_pass0"] = mask_loss.detach().mean()
+            is_box = interaction.prompts.point_labels[:, 0] == BOX_TOP_LEFT
+            for name, rows in (("point", ~is_box), ("box", is_box)):
+                if rows.any():
+                    figures[f"train/iou_{name}"] = chosen_ious[rows].mean()
+        self.log_dict(figures)

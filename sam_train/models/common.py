@@ -63,4 +63,5 @@ def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
     The four are the rows then the columns of the 2x2 block that the pixel becomes.
     """
     weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    assert conv.bias is not None
     return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +107,8 @@ class MaskDecoder(nn.Module):
             ],
             dim=1,
         )[:, wanted]
-        upscale1, norm, act1, upscale2, act2 = self.output_upscaling
+        layers: list[Any] = list(self.output_upscaling)
+        upscale1, norm, act1, upscale2, act2 = layers
         x = act1(norm.over_last(stride_two_deconv(upscale1, src)))
         x = act2(stride_two_deconv(upscale2, x))
         # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the

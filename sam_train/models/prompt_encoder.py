@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,7 +124,8 @@ class PromptEncoder(nn.Module):
 
     def _downscale(self, masks: Tensor) -> Tensor:
         """`mask_downscaling`, channels last: its few channels make poor convolutions."""
-        conv1, norm1, act1, conv2, norm2, act2, conv3 = self.mask_downscaling
+        layers: list[Any] = list(self.mask_downscaling)
+        conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
         x = act1(norm1.over_last(stride_two_conv(conv1, masks.permute(0, 2, 3, 1))))
         x = act2(norm2.over_last(stride_two_conv(conv2, x)))
         return F.linear(x, conv3.weight.flatten(1), conv3.bias).permute(0, 3, 1, 2)

@@ -41,11 +41,11 @@ class Attention(nn.Module):
             return self._tokens_to_image(q, k, v)
         if self._folds(k) and q.shape[1] > self.internal_dim:
             return self._image_to_tokens(q, k, v)
-        heads = [
+        queries, keys, values = (
             self._split(projection(x)).transpose(1, 2)
             for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
-        ]
-        out = F.scaled_dot_product_attention(*heads)
+        )
+        out = F.scaled_dot_product_attention(queries, keys, values)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _folds(self, tokens: Tensor) -> bool:

@@ -141,12 +141,12 @@ def _center_of(
 ) -> tuple[int, int, int]:
     """Returns (x, y, label) of one object's click."""
     missed = gt if pred is None else gt & ~pred
-    missed_px, x, y = _deepest_pixel(missed, excluded)
+    missed_depth, x, y = _deepest_pixel(missed, excluded)
     if pred is not None:
-        surplus_px, surplus_x, surplus_y = _deepest_pixel(pred & ~gt, excluded)
-        if surplus_px > 0 and surplus_px >= missed_px:
+        surplus_depth, surplus_x, surplus_y = _deepest_pixel(pred & ~gt, excluded)
+        if surplus_depth > 0 and surplus_depth >= missed_depth:
             return surplus_x, surplus_y, BACKGROUND
-    if missed_px > 0:
+    if missed_depth > 0:
         return x, y, FOREGROUND
     return _confirming_click(gt, excluded)
 
@@ -154,22 +154,25 @@ def _center_of(
 def _confirming_click(gt: np.ndarray, excluded: np.ndarray) -> tuple[int, int, int]:
     """A click for a perfect mask: inside the object, on a fresh pixel while there is one."""
     region, label = (gt, FOREGROUND) if gt.any() else (np.ones_like(gt), BACKGROUND)
-    depth_px, x, y = _deepest_pixel(region, excluded)
-    if depth_px == 0:
+    depth, x, y = _deepest_pixel(region, excluded)
+    if depth == 0:
         _, x, y = _deepest_pixel(region, excluded[:0])
     return x, y, label
 
 
-def _deepest_pixel(region: np.ndarray, excluded: np.ndarray) -> tuple[float, int, int]:
-    """Returns (distance in pixels, x, y) of the pixel deepest inside; distance 0 if there is none."""
+def _deepest_pixel(region: np.ndarray, excluded: np.ndarray) -> tuple[int, int, int]:
+    """Returns (squared distance, x, y) of the pixel deepest inside; distance 0 if there is none."""
     left, top, width, height = cv2.boundingRect(region.view(np.uint8))
     if width == 0:
-        return 0.0, 0, 0
+        return 0, 0, 0
     crop = region[top : top + height, left : left + width].view(np.uint8)
     padded = cv2.copyMakeBorder(crop, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     depth = cv2.distanceTransform(padded, cv2.DIST_L2, cv2.DIST_MASK_PRECISE)[1:-1, 1:-1]
+    # Where OpenCV calls on IPP, the last bit differs from call to call, and so would the click among
+    # pixels equally deep. Squares of these distances are whole numbers.
+    depth = np.rint(np.square(depth, dtype=np.float64)).astype(np.int64)
     for x, y in excluded:
         if left <= x < left + width and top <= y < top + height:
-            depth[y - top, x - left] = 0.0
+            depth[y - top, x - left] = 0
     row, column = divmod(int(depth.argmax()), width)
-    return float(depth[row, column]), left + column, top + row
+    return int(depth[row, column]), left + column, top + row

@@ -98,9 +98,7 @@ class InteractiveTraining(lightning.LightningModule):
 
     def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
         """Clicks through the masks of one image."""
-        self.val_metrics.update(
-            click_rollout(self.model, record, self.val_prompts, seed=self.seed)
-        )
+        self.val_metrics.update(click_rollout(self.model, record, self.val_prompts, seed=self.seed))
 
     def on_validation_epoch_start(self) -> None:
         self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1)

@@ -12,7 +12,8 @@ from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
 
 @pytest.mark.parametrize("name", config.options("model"))
 def test_every_named_model_is_built_from_its_plain_description(name):
-    with torch.device("meta"):
+    # The large ones without their weights.
+    with torch.device("meta" if name.startswith("sam_vit") else "cpu"):
         model = build_model(model_config(name))
     side = model.image_encoder.img_size // model.image_encoder.stride
     assert model.prompt_encoder.image_embedding_size == (side, side)

@@ -79,7 +79,8 @@ def _small_data(cfg: DictConfig) -> list[str]:
     """Few scenes; for a recipe on real images, a skip that says what is missing."""
     if "num_scenes" in cfg.data.train:
         return ["data.train.num_scenes=4", "data.val.num_scenes=2"]
-    folder = Path(str(cfg.data.train.path)).parent
-    if not folder.is_dir():
-        pytest.skip(f"no {folder}: set SAM_TRAIN_DATA to run this recipe's two steps")
+    paths = config.plain(cfg.data, resolve=True)["train"]["path"]
+    folders = [Path(path).parent for path in ([paths] if isinstance(paths, str) else paths)]
+    if missing := [str(folder) for folder in folders if not folder.is_dir()]:
+        pytest.skip(f"no {', '.join(missing)}: set SAM_TRAIN_DATA to run this recipe's two steps")
     return []

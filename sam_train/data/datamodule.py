@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -230,6 +231,7 @@ class SamDataModule(lightning.LightningDataModule):
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_ignore_ctrl_c,
             pin_memory=torch.cuda.is_available(),
         )
         self._train_loader = TrainLoader(loader)
@@ -344,6 +346,11 @@ def from_paths(*, path: object, val_path: object = None, **settings: Any) -> Sam
         settings: the arguments of `SamDataModule`.
     """
     return SamDataModule(**settings)
+
+
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends it to the readers too, while the step under way may still wait for a batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _as_it_is(item: Any) -> Any:

@@ -31,6 +31,12 @@ class MaskLoss:
 
     def __call__(self, mask_logits: Tensor, gt_masks: Tensor) -> Tensor:
         """Compares logits (P, M, h, w) with ground truth (P, h, w) bool: (P, M) float32."""
+        if mask_logits.shape[-2:] != gt_masks.shape[-2:]:
+            raise ValueError(
+                "expected ground truth on the grid of the logits, "
+                f"{tuple(mask_logits.shape[-2:])}, got {tuple(gt_masks.shape[-2:])}; mask_size is "
+                "the side of the model's low-resolution masks"
+            )
         with torch.autocast(mask_logits.device.type, enabled=False):
             logits = mask_logits.float()
             target = gt_masks[:, None].to(logits.dtype)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 
 from sam_train.structures import ImageBatch
@@ -30,7 +32,7 @@ class LastCheckpoint(lightning.Callback):
     """Saves `last.ckpt` every so many steps, at the end, and when the run is told to stop.
 
     Ctrl-C and SIGTERM let the step under way finish, so that what is saved is the state between two
-    steps; a second Ctrl-C stops at once.
+    steps; a second signal stops at once. Whichever rank is told, all stop after the same step.
 
     Args:
         path: where the checkpoint goes.
@@ -44,34 +46,30 @@ class LastCheckpoint(lightning.Callback):
         self.every_n_steps = every_n_steps
         self._told_to_stop = False
         self._saved_step = -1
-        self._previous: Any = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._saved_step = trainer.global_step
-        self._previous = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._on_interrupt)
+        self._told_to_stop, self._saved_step = False, trainer.global_step
+        if threading.current_thread() is threading.main_thread():  # no other may handle signals
+            # Lightning has noted down the handlers there were, and puts them back after the run.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        if self._told_to_stop or step - self._saved_step >= self.every_n_steps:
+        is_over = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
+        if is_over or trainer.global_step - self._saved_step >= self.every_n_steps:
             self._save(trainer)
-        if self._told_to_stop:
+        if is_over:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._save(trainer)
 
-    def teardown(self, trainer: lightning.Trainer, pl_module: Any, stage: str) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
-
     def _save(self, trainer: lightning.Trainer) -> None:
         if trainer.global_step != self._saved_step:
             self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)
 
-    def _on_interrupt(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._told_to_stop:
             raise KeyboardInterrupt
         log.warning("stopping after this step; Ctrl-C again stops at once")
@@ -79,7 +77,7 @@ class LastCheckpoint(lightning.Callback):
 
 
 class BestCheckpoint(lightning.Callback):
-    """Keeps `best.ckpt`, the checkpoint of the best validation score, that after the last step included.
+    """Keeps `best.ckpt`, the weights of the best validation score, that after the last step included.
 
     Args:
         path: where the checkpoint goes.
@@ -105,9 +103,10 @@ class BestCheckpoint(lightning.Callback):
             )
         score = scores[self.monitor]
         sign = 1 if self.mode == "max" else -1
-        if self.best is None or sign * score > sign * self.best:
+        if self.best is None or math.isnan(self.best) or sign * score > sign * self.best:
             self.best = score
-            trainer.save_checkpoint(self.path)
+            # Without the optimiser's state, twice the size of the weights: a run goes on from last.ckpt.
+            trainer.save_checkpoint(self.path, weights_only=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -126,7 +125,7 @@ class GradientNorms(lightning.Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: Any, optimizer: Any
     ) -> None:
-        if trainer.global_step % trainer.log_every_n_steps:
+        if not _is_log_step(trainer, trainer.global_step + 1):
             return
         squares = {}
         for name, part in pl_module.model.named_children():
@@ -140,18 +139,21 @@ class GradientNorms(lightning.Callback):
 
 
 class Speed(lightning.Callback):
-    """Counts images, masks and seconds of training, over restarts too, and logs them per second."""
+    """Counts images, masks and seconds of training, over restarts too, and logs them per second.
+
+    Validation, pictures and checkpoints are not counted.
+    """
 
     def __init__(self) -> None:
         self.num_images = 0
         self.num_masks = 0
         self.seconds = 0.0
         self._since = 0.0
-        self._window = (0.0, 0, 0)
+        self._logged = (0, 0, 0, 0.0)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._since = time.monotonic()
-        self._window = (self._since, self.num_images, self.num_masks)
+        self._logged = (trainer.global_step, self.num_images, self.num_masks, self.seconds)
 
     def on_train_batch_end(
         self,
@@ -165,20 +167,16 @@ class Speed(lightning.Callback):
         self.num_masks += trainer.world_size * len(batch.masks)
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - self._since, now
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            start, images, masks = self._window
-            spent = max(now - start, 1e-9)
+        step, images, masks, seconds = self._logged
+        if _is_log_step(trainer, trainer.global_step) and trainer.global_step != step:
+            spent = max(self.seconds - seconds, 1e-9)
             pl_module.log("train/images_per_second", (self.num_images - images) / spent)
             rate = (self.num_masks - masks) / spent
             pl_module.log("train/masks_per_second", rate, prog_bar=True)
-            self._window = (now, self.num_images, self.num_masks)
-
-    def on_validation_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self.seconds += time.monotonic() - self._since if trainer.training else 0.0
+            self._logged = (trainer.global_step, self.num_images, self.num_masks, self.seconds)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._since = time.monotonic()
-        self._window = (self._since, self.num_images, self.num_masks)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -217,18 +215,18 @@ class Report(lightning.Callback):
         self.start: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self._latest_step = -1
+        self._is_finished = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
+        self._is_finished = False
         if trainer.is_global_zero:
             log.info("parameters\n%s", parameter_table(pl_module.model))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if not self.start:
-            self.start = self._validate(trainer, pl_module)
+            self.start = _validate(trainer, pl_module)
+            self._log(trainer, self.start)
             self._note("at the start", self.start)
-            for logger in trainer.loggers:
-                named = {f"val/{name}": value for name, value in self.start.items()}
-                logger.log_metrics(named, step=trainer.global_step)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if trainer.sanity_checking:
@@ -239,17 +237,22 @@ class Report(lightning.Callback):
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if self._latest_step != trainer.global_step:
-            self.latest = self._validate(trainer, pl_module)
+            self.latest = _validate(trainer, pl_module)
             for callback in trainer.callbacks:
                 if isinstance(callback, BestCheckpoint):
                     callback.consider(trainer, self.latest)
+            self._log(trainer, self.latest)
             self._draw(trainer, pl_module)
-        for logger in trainer.loggers:
-            named = {f"val/{name}": value for name, value in self.latest.items()}
-            logger.log_metrics(named, step=trainer.global_step)
-            logger.save()
+        self._is_finished = True
         if trainer.is_global_zero:
             self._finish(trainer, pl_module)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+        # A run that was stopped between its last step and its report has no step left to train, and
+        # Lightning then calls neither `on_train_start` nor `on_train_end`.
+        if not self._is_finished:
+            pl_module.to(trainer.strategy.root_device)
+            self.on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return {"start": self.start}
@@ -257,41 +260,39 @@ class Report(lightning.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.start = state_dict["start"]
 
-    def _validate(
-        self, trainer: lightning.Trainer, pl_module: InteractiveTraining
-    ) -> dict[str, float]:
-        """Runs the validation images outside Lightning's loop, before the first step and after the last."""
-        pl_module.eval()
-        pl_module.on_validation_epoch_start()
-        for index, record in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
-            pl_module.validation_step(record, index)
-        scores = pl_module.validation_scores()
-        pl_module.train()
-        return scores
+    def _log(self, trainer: lightning.Trainer, scores: Mapping[str, float]) -> None:
+        """Logs what was validated outside Lightning's loop."""
+        for logger in trainer.loggers:
+            named = {f"val/{name}": value for name, value in scores.items()}
+            logger.log_metrics(named, step=trainer.global_step)
+            logger.save()
 
     @rank_zero_only
     def _draw(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if self.num_pictures:
-            pl_module.eval()
             path = self.run_dir / "figures" / f"clicks_step{trainer.global_step:06d}.png"
-            records = iter(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
-            figures.draw_clicks(path, pl_module, records, self.num_pictures)
-            pl_module.train()
-        figures.draw_curves(self.run_dir / "figures" / "curves.png", self.run_dir / "metrics.csv")
+            with _answering(trainer, pl_module):
+                records = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+                figures.draw_clicks(path, pl_module, records, self.num_pictures)
+        self._draw_curves()
+
+    def _draw_curves(self) -> None:
+        figures.draw_curves(
+            self.run_dir / "figures" / "curves.png", self.run_dir / run_folder.METRICS
+        )
 
     def _finish(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
-        figures.draw_curves(self.run_dir / "figures" / "curves.png", self.run_dir / "metrics.csv")
+        self._draw_curves()
         self._note("at the end", self.latest)
-        gained = {name: self.latest[name] - value for name, value in self.start.items()}
-        self._note("gained", gained)
+        gained = {k: self.latest[k] - self.start[k] for k in HEADLINE if k in self.latest}
+        self._note("gained", gained, sign="+")
         speed = next((c for c in trainer.callbacks if isinstance(c, Speed)), None)
         extra = speed.figures(trainer.global_step) if speed else {"steps": trainer.global_step}
         extra |= {f"start_{name}": self.start[name] for name in HEADLINE if name in self.start}
-        records = list(trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
         result = {
             "protocol": "clicks",
-            "dataset": records[0].source if records else "",
-            "num_images": len(records),
+            "dataset": pl_module.val_source,
+            "num_images": pl_module.num_val_images,
             "num_masks": pl_module.val_metrics.num_masks,
             "checkpoint": str(self.run_dir / run_folder.LAST_CHECKPOINT),
             "metrics": {**self.latest, **extra},
@@ -299,40 +300,33 @@ class Report(lightning.Callback):
         run_folder.finish(self.run_dir, result)
 
     @rank_zero_only
-    def _note(self, when: str, scores: Mapping[str, float]) -> None:
-        text = "  ".join(f"{name} {scores[name]:+.3f}" for name in HEADLINE if name in scores)
+    def _note(self, when: str, scores: Mapping[str, float], *, sign: str = "") -> None:
+        text = "  ".join(f"{name} {scores[name]:{sign}.3f}" for name in HEADLINE if name in scores)
         log.info("validation %s: %s", when, text)
 
 
-class BudgetProgressBar(TQDMProgressBar):
-    """A bar over the run's budget, steps or minutes, with the time that is left."""
+def _is_log_step(trainer: lightning.Trainer, steps_done: int) -> bool:
+    """Whether what is logged at the step that makes `steps_done` reaches the loggers."""
+    return trainer.log_every_n_steps > 0 and steps_done % trainer.log_every_n_steps == 0
 
-    def init_train_tqdm(self) -> Any:
-        bar = super().init_train_tqdm()
-        bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        return bar
 
-    def on_train_epoch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
-        self.train_progress_bar.reset(total=1.0)
-        self.train_progress_bar.initial = 0
-        self.train_progress_bar.set_description(f"step {trainer.global_step}")
+def _validate(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> dict[str, float]:
+    """Runs the validation images outside Lightning's loop, before the first step and after the last."""
+    with _answering(trainer, pl_module):
+        pl_module.on_validation_epoch_start()
+        for index, record in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
+            pl_module.validation_step(record, index)
+        return pl_module.validation_scores()
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        if trainer.global_step % self.refresh_rate == 0:
-            self.train_progress_bar.n = pl_module.progress()
-            self.train_progress_bar.set_description(f"step {trainer.global_step}", refresh=False)
-            self.train_progress_bar.set_postfix(self.get_metrics(trainer, pl_module))
 
-    def get_metrics(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return {
-            name.split("/")[-1]: value
-            for name, value in super().get_metrics(*args, **kwargs).items()
-            if name != "v_num"
-        }
+@contextmanager
+def _answering(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> Iterator[None]:
+    """As Lightning validates: in eval mode and the run's precision; parts then get their modes back."""
+    modes = {module: module.training for module in pl_module.modules()}
+    pl_module.eval()
+    try:
+        with trainer.precision_plugin.forward_context():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from sam_train.metrics.click_rollout import trace_clicks
 from sam_train.ops.drawing import click_strip, new_figure, save_figure, save_image, tiled
+from sam_train.ops.rle import decode
 from sam_train.structures import ImageRecord
 
 if TYPE_CHECKING:
@@ -20,7 +22,10 @@ PANELS = (
     ("loss", ("train/loss", "train/mask_loss_pass0")),
     ("IoU in training", ("train/iou_point", "train/iou_box")),
     ("IoU in validation", ("val/mean_iou@1", "val/mean_iou@3", "val/box_mean_iou")),
-    ("gradient norm, unclipped", ("grad_norm/image_encoder", "grad_norm/mask_decoder")),
+    (
+        "gradient norm, unclipped",
+        ("grad_norm/image_encoder", "grad_norm/prompt_encoder", "grad_norm/mask_decoder"),
+    ),
 )
 SMOOTHED_OVER = 0.02
 """Share of a curve that is averaged around each point; the raw values stay visible behind."""
@@ -62,20 +67,15 @@ def _smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def draw_clicks(
-    path: Path, training: InteractiveTraining, records: Iterator[ImageRecord], number: int
+    path: Path, training: InteractiveTraining, records: Iterable[ImageRecord], number: int
 ) -> None:
-    """Draws one object of each of `number` validation images after 1, 2 and 3 clicks."""
+    """Draws the largest object of each of `number` validation images, click by click."""
     strips = []
-    for record, _ in zip(records, range(number), strict=False):
+    shown = (record for record in records if any(a.area > 0 for a in record.annotations))
+    for record in itertools.islice(shown, number):
         largest = max(range(len(record.annotations)), key=lambda i: record.annotations[i].area)
         (steps,) = trace_clicks(training.model, record, [largest], training.val_prompts)
-        gt_mask = _decoded(record, largest)
-        strips.append(click_strip(record.image, gt_mask, steps))
+        gt_mask = decode(record.annotations[largest].rle)
+        strips.append(click_strip(record.image, gt_mask, steps, caption=record.key))
     if strips:
         save_image(path, tiled(strips, columns=1))
-
-
-def _decoded(record: ImageRecord, index: int) -> np.ndarray:
-    from sam_train.ops.rle import decode
-
-    return decode(record.annotations[index].rle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import lightning
@@ -19,6 +20,10 @@ from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import Interaction, PromptSimulator
 from sam_train.structures import BOX_TOP_LEFT, ImageBatch, ImageRecord, MaskPrediction, Prompts
 from sam_train.training.optim import AdamW
+
+SOMETIMES_LEFT_OUT = re.compile(r"no_mask_embed|mask_downscaling|k_proj\.bias")
+"""Names of weights that a batch may not ask for: with or without a mask to begin with, and what a
+softmax takes out again."""
 
 
 class InteractiveTraining(lightning.LightningModule):
@@ -56,12 +61,14 @@ class InteractiveTraining(lightning.LightningModule):
         self.model_config: dict[str, Any] | None = None
         """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
         self.val_metrics = ClickMetrics(val_prompts.num_corrections + 1)
+        self.num_val_images = 0
+        self.val_source = ""
         if not self._feeds_masks_back():
             # No mask ever reaches these weights, and a distributed run would wait for their gradients.
             self.model.prompt_encoder.mask_downscaling.requires_grad_(False)
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Plays all passes on a batch; returns the loss, summed over passes' means."""
+        """Plays all passes on a batch; returns the loss, a mean over masks and passes."""
         features = self.model.encode(batch.images, batch.input_sizes)
         stride = self.model.image_encoder.img_size / batch.masks.shape[-1]
 
@@ -74,56 +81,64 @@ class InteractiveTraining(lightning.LightningModule):
             )
 
         counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
+        plan = self.prompts.plan(self._plan_generator())
         rollout = self.prompts.rollout(
             decode,
             batch.masks,
             boxes_to_grid(batch.boxes, stride),
             PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device),
-            self.prompts.plan(self._plan_generator()),
+            plan,
         )
         share = 1 / self._global_num_masks(len(batch.masks))
         total = torch.zeros((), device=batch.masks.device)
-        for number, interaction in enumerate(rollout):
+        for interaction in rollout:
             answer = self.loss(interaction.prediction, batch.masks)
             total = total + answer.total.sum() * share
             self._log_answer(interaction, answer.candidate_ious, answer.mask)
-        loss = total / (number + 1)
+        loss = total / len(plan.new_prompt) + self._nothing_left_out()
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
                 f"{', '.join(batch.keys)}: lower optim.lr, or train in trainer.precision=32-true"
             )
         self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
 
     def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
         """Clicks through the masks of one image."""
+        self.num_val_images += 1
+        self.val_source = record.source
         self.val_metrics.update(click_rollout(self.model, record, self.val_prompts, seed=self.seed))
 
     def on_validation_epoch_start(self) -> None:
         self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1)
+        self.num_val_images = 0
 
     def on_validation_epoch_end(self) -> None:
         for name, value in self.validation_scores().items():
-            self.log(f"val/{name}", value, prog_bar=name == "mean_iou@1", rank_zero_only=True)
+            # Every rank logs the same: early stopping looks at it on every rank.
+            self.log(f"val/{name}", value, prog_bar=name == "mean_iou@1", sync_dist=True)
 
     def validation_scores(self) -> dict[str, float]:
         """The scores of what was validated since the last start, of all ranks together."""
         totals = self.val_metrics.totals.to(self.device, torch.float32)
-        self.val_metrics.totals = self.all_gather_sum(totals).double().cpu()
+        self.val_metrics.totals = self._over_ranks(totals, "sum").double().cpu()
+        num_images = torch.tensor(self.num_val_images, device=self.device)
+        self.num_val_images = int(self._over_ranks(num_images, "sum"))
         return self.val_metrics.compute()
 
-    def all_gather_sum(self, values: Tensor) -> Tensor:
-        """Adds a tensor up over all ranks."""
+    def _over_ranks(self, values: Tensor, how: str) -> Tensor:
+        """The `sum` or `max` of a tensor over all ranks."""
         if self._trainer is None or self.trainer.world_size == 1:
             return values
-        return self.trainer.strategy.reduce(values, reduce_op="sum")
+        return self.trainer.strategy.reduce(values, reduce_op=how)
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.optim.build(self.model)
 
         def scale(step: int) -> float:
-            return self.optim.schedule.scale(step, self.progress())
+            return self.optim.schedule.scale(step, self._progress_of_all())
 
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {
@@ -143,6 +158,13 @@ class InteractiveTraining(lightning.LightningModule):
                     shares.append(spent / max(spent + left, 1e-9))
         return min(1.0, max(shares))
 
+    def _progress_of_all(self) -> float:
+        """`progress`, the same on all ranks: by their own clocks, their rates would drift apart."""
+        if self.trainer.world_size == 1:
+            return self.progress()
+        progress = torch.tensor(self.progress(), dtype=torch.float64, device=self.device)
+        return float(self._over_ranks(progress, "max"))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.model_config is not None:
             checkpoint[RECORD_KEY] = checkpoint_payload(self.model_config)
@@ -152,6 +174,16 @@ class InteractiveTraining(lightning.LightningModule):
         return bool(
             simulator.num_corrections + simulator.num_extra_passes or simulator.mask_prob > 0
         )
+
+    def _nothing_left_out(self) -> Tensor:
+        """Zero, with the weights in its graph that not every batch asks for.
+
+        A distributed run would wait for their gradients, and one process would pass over them where
+        many do not.
+        """
+        named = self.model.named_parameters()
+        left_out = [p for name, p in named if p.requires_grad and SOMETIMES_LEFT_OUT.search(name)]
+        return sum((0.0 * p.sum() for p in left_out), torch.zeros((), device=self.device))
 
     def _plan_generator(self) -> torch.Generator:
         """The same on all ranks, so that all run the same passes."""
@@ -163,7 +195,7 @@ class InteractiveTraining(lightning.LightningModule):
         if self._trainer is None or self.trainer.world_size == 1:
             return float(max(1, num_masks))
         count = torch.tensor(float(num_masks), device=self.device)
-        return max(1.0, float(self.all_gather_sum(count)) / self.trainer.world_size)
+        return max(1.0, float(self._over_ranks(count, "sum")) / self.trainer.world_size)
 
     def _log_answer(
         self, interaction: Interaction, candidate_ious: Tensor, mask_loss: Tensor

@@ -14,12 +14,15 @@ from torch import nn
 from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
 from sam_train.models.sam import Sam
 
+POSITIONS = ("pos_embed", "rel_pos", "relative_position", "attention_biases")
+"""Parts of the names of positions, absolute and relative, which keep no weight decay."""
+
 
 class Schedule(Protocol):
     """The learning rate as a share of its highest value."""
 
     def scale(self, step: int, progress: float) -> float:
-        """Says the share for optimiser step `step`, at `progress` in [0, 1] of the whole run."""
+        """Says the share for the step after `step` others, at `progress` in [0, 1] of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +84,14 @@ class AdamW:
     weight_decay: float = 0.1
     layer_decay: float = 1.0
 
+    def __post_init__(self) -> None:
+        if self.lr <= 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"expected lr > 0 and weight_decay >= 0, got {self.lr} and {self.weight_decay}"
+            )
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay is above 0 and at most 1, got {self.layer_decay}")
+
     def build(self, model: Sam) -> torch.optim.AdamW:
         """Groups the trainable parameters by rate and decay; frozen ones are left out."""
         groups: dict[tuple[float, float], dict[str, Any]] = {}
@@ -88,7 +99,7 @@ class AdamW:
             if not parameter.requires_grad:
                 continue
             lr = self.lr * self.layer_decay ** layers_above(model, name, self.layer_decay)
-            is_bare = parameter.ndim <= 1 or "pos_embed" in name or "rel_pos" in name
+            is_bare = parameter.ndim <= 1 or any(part in name for part in POSITIONS)
             decay = 0.0 if is_bare else self.weight_decay
             group = groups.setdefault((lr, decay), {"lr": lr, "weight_decay": decay, "params": []})
             group["params"].append(parameter)

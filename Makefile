@@ -53,7 +53,7 @@ quickstart: .venv/core
 	@echo "The evaluation:   $(RUN_DIR)/eval"
 	@echo "The model:        $(RUN_DIR)/checkpoints/best.ckpt"
 
-test: .venv/dev
+test: lint
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -q -n $(JOBS) -m "not gpu and not network" $(TESTS)
 
 evidence: .venv/dev

@@ -548,8 +548,10 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     default_data = os.environ.get("SAM_TRAIN_DATA", "../shared/data")
     parser.add_argument("--data", type=Path, default=Path(default_data), help="holds nuclei/")
-    parser.add_argument("--out", type=Path, required=True)
+    default_out = Path("outputs/benchmarks/transformers_baseline")
+    parser.add_argument("--out", type=Path, default=default_out)
     parser.add_argument("--cpu-seconds", type=float, default=1800.0, help="of all threads together")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bce-weight", type=float, default=1.0)
@@ -563,7 +565,7 @@ def main() -> None:
     """Trains, saves a Hugging Face folder and `result.json`, evaluates on nuclei val."""
     args = parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     torch.manual_seed(args.seed)
     shards = {

@@ -145,7 +145,8 @@ def captioned(image: np.ndarray, text: str, *, strip_px: int = 22) -> np.ndarray
     strip = np.full((strip_px, image.shape[1], 3), 255, np.uint8)
     font, scale = cv2.FONT_HERSHEY_SIMPLEX, strip_px / 48
     text_px = cv2.getTextSize(text, font, scale, 1)[0][0]
-    scale *= min(1.0, (image.shape[1] - 8) / max(text_px, 1))
+    # Wider margins than the text is drawn at: older OpenCV understates its width by a few pixels.
+    scale *= min(1.0, (image.shape[1] - 12) / max(text_px, 1))
     cv2.putText(strip, text, (4, round(strip_px * 0.7)), font, scale, INK, 1, cv2.LINE_AA)
     return np.concatenate([strip, image])
 

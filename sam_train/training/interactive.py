@@ -80,6 +80,8 @@ class InteractiveTraining(lightning.LightningModule):
                 multimask_output=multimask_output,
             )
 
+        # What is predicted on the padding is no error that anyone would click on.
+        inside = cells_inside(batch, stride)[batch.image_index]
         counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
         plan = self.prompts.plan(self._plan_generator())
         rollout = self.prompts.rollout(
@@ -88,6 +90,7 @@ class InteractiveTraining(lightning.LightningModule):
             boxes_to_grid(batch.boxes, stride),
             PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device),
             plan,
+            to_masks=lambda logits: (logits > 0) & inside,
         )
         share = 1 / self._global_num_masks(len(batch.masks))
         total = torch.zeros((), device=batch.masks.device)
@@ -209,3 +212,10 @@ class InteractiveTraining(lightning.LightningModule):
                 if rows.any():
                     figures[f"train/iou_{name}"] = chosen_ious[rows].mean()
         self.log_dict(figures)
+
+
+def cells_inside(batch: ImageBatch, stride: float) -> Tensor:
+    """Which cells of the mask grid lie in the image and not in its padding: (N, h, w) bool."""
+    cells = torch.arange(batch.masks.shape[-1], device=batch.masks.device) * stride
+    rows, columns = (cells < batch.input_sizes[:, axis, None] for axis in (0, 1))
+    return rows[:, :, None] & columns[:, None, :]

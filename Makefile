@@ -44,6 +44,8 @@ endef
 quickstart: .venv/core
 	$(BIN)/sam-train experiment=quickstart run_dir=$(RUN_DIR)
 	$(BIN)/sam-eval checkpoint=$(RUN_DIR)/checkpoints/best.ckpt data=synthetic protocol=clicks
+	@echo "The bar that needs no learning, a flood fill by colour from the same first click:"
+	@$(BIN)/python benchmarks/flood_fill.py --images 50 | tail -n 1
 	@if ls "$(DATA)"/coco_panoptic/val-*.tar >/dev/null 2>&1; then \
 	  echo "The same model, which saw scenes only, on photographs:"; \
 	  $(BIN)/sam-eval checkpoint=$(RUN_DIR)/checkpoints/best.ckpt data=coco_panoptic protocol=clicks; fi

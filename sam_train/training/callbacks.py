@@ -141,19 +141,22 @@ class GradientNorms(lightning.Callback):
 class Speed(lightning.Callback):
     """Counts images, masks and seconds of training, over restarts too, and logs them per second.
 
-    Validation, pictures and checkpoints are not counted.
+    Validation and pictures are not counted.
     """
 
     def __init__(self) -> None:
         self.num_images = 0
         self.num_masks = 0
         self.seconds = 0.0
-        self._since = 0.0
+        self._since: float | None = None
         self._logged = (0, 0, 0, 0.0)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._since = time.monotonic()
+        self._since = None
         self._logged = (trainer.global_step, self.num_images, self.num_masks, self.seconds)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self._since = time.monotonic() if self._since is None else self._since
 
     def on_train_batch_end(
         self,
@@ -166,6 +169,7 @@ class Speed(lightning.Callback):
         self.num_images += trainer.world_size * len(batch.images)
         self.num_masks += trainer.world_size * len(batch.masks)
         now = time.monotonic()
+        assert self._since is not None
         self.seconds, self._since = self.seconds + now - self._since, now
         step, images, masks, seconds = self._logged
         if _is_log_step(trainer, trainer.global_step) and trainer.global_step != step:
@@ -175,8 +179,8 @@ class Speed(lightning.Callback):
             pl_module.log("train/masks_per_second", rate, prog_bar=True)
             self._logged = (trainer.global_step, self.num_images, self.num_masks, self.seconds)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._since = time.monotonic()
+    def on_validation_start(self, *_: Any) -> None:
+        self._since = None
 
     def state_dict(self) -> dict[str, Any]:
         return {

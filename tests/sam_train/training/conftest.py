@@ -1,10 +1,8 @@
-"""A training at toy sizes: 64 px, two channels' worth of model, scenes of known masks."""
+"""A training at toy sizes: 64 px, a narrow model, small scenes."""
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -39,7 +37,7 @@ TOY = [
 """Overrides of the train configuration."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def toy() -> list[str]:
     """Overrides that make any training tiny."""
     return list(TOY)
@@ -89,13 +87,3 @@ def edges(mask: torch.Tensor) -> list[float]:
     """The tight box of a mask, xyxy edges."""
     y, x = mask.nonzero().T
     return [float(v) for v in (x.min(), y.min(), x.max() + 1, y.max() + 1)]
-
-
-@pytest.fixture
-def signals_restored() -> Iterator[None]:
-    """Puts the handlers of Ctrl-C and SIGTERM back, whatever a run did to them."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before: dict[Any, Any] = {number: signal.getsignal(number) for number in numbers}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)

@@ -1,0 +1,350 @@
+"""Whole toy runs: what they leave behind, what stops them, and how they go on."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sam_train import cli, config
+from sam_train.checkpoints.load import load_model
+from sam_train.metrics.click_rollout import click_rollout
+from sam_train.metrics.clicks import ClickMetrics
+from sam_train.training import callbacks
+from sam_train.training.interactive import InteractiveTraining
+
+ROOT = Path(__file__).parents[3]
+SIX_STEPS = [
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=4",
+    "callbacks.report.num_pictures=1",
+]
+Run = Callable[..., int]
+
+
+def rows(run_dir: Path, name: str) -> dict[int, float]:
+    """A column of metrics.csv by step."""
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return {int(r["step"]): float(r[name]) for r in csv.DictReader(file) if r.get(name)}
+
+
+def result(run_dir: Path) -> dict[str, Any]:
+    found = json.loads((run_dir / "metrics.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """The weights of last.ckpt, which must load without running any code."""
+    last = torch.load(run_dir / "checkpoints/last.ckpt", weights_only=True)
+    found = last["state_dict"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(toy: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of six steps, validated at the start, after four and at the end."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    assert cli.run("train", [*toy, *SIX_STEPS, f"run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+@pytest.fixture
+def train(toy: list[str], tmp_path: Path) -> Run:
+    """`sam-train` at toy sizes in a folder of its own."""
+    return lambda *argv: cli.run("train", [*toy, f"run_dir={tmp_path}", *argv])
+
+
+@pytest.fixture
+def signals_restored() -> Iterator[dict[int, Any]]:
+    """The handlers there were, put back after the test whatever a run did to them."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before: dict[int, Any] = {number: signal.getsignal(number) for number in numbers}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def signal_at_step(monkeypatch: pytest.MonkeyPatch, number: int, step: int) -> None:
+    """Sends this process a signal in the middle of a step; `step` counts from 1."""
+    measure = callbacks.GradientNorms.on_before_optimizer_step
+
+    def interrupted(self: Any, trainer: Any, *args: Any) -> None:
+        measure(self, trainer, *args)
+        if trainer.global_step + 1 == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(callbacks.GradientNorms, "on_before_optimizer_step", interrupted)
+
+
+def test_a_run_leaves_what_the_interface_names(finished: Path) -> None:
+    for name in (".hydra/config.yaml", "checkpoints/last.ckpt", "checkpoints/best.ckpt"):
+        assert (finished / name).stat().st_size > 0
+    for name in ("metrics.csv", "metrics.json", "train.log", "figures/curves.png"):
+        assert (finished / name).stat().st_size > 0
+    pictures = {path.name for path in (finished / "figures").glob("clicks_*.png")}
+    assert pictures == {"clicks_step000004.png", "clicks_step000006.png"}
+
+
+def test_metrics_json_has_the_form_of_the_interface(finished: Path) -> None:
+    found = result(finished)
+
+    metrics = found.pop("metrics")
+    assert found == {
+        "protocol": "clicks",
+        "dataset": "synthetic",
+        "num_images": found["num_images"],
+        "num_masks": 4,
+        "checkpoint": str(finished / "checkpoints/last.ckpt"),
+    }
+    assert 1 <= found["num_images"] <= 4
+    assert {"mean_iou@1", "mean_iou@2", "mean_iou@3", "oracle_mean_iou@1"} <= set(metrics)
+    assert {"box_mean_iou", "iou_prediction_mae"} <= set(metrics)
+    assert {"train_seconds", "steps", "images_per_second", "masks_per_second"} <= set(metrics)
+    scores = r"(mean_iou@[123]|oracle_mean_iou@1|box_mean_iou|iou_prediction_mae)"
+    speed = "train_seconds|steps|images_per_second|masks_per_second"
+    known = re.compile(rf"(start_)?{scores}(_small|_medium|_large)?|{speed}")
+    assert not [name for name in metrics if not known.fullmatch(name)]
+    assert all(0 <= value <= 1 for name, value in metrics.items() if "iou" in name)
+
+
+def test_speed_counts_every_image_once(finished: Path) -> None:
+    metrics = result(finished)["metrics"]
+
+    assert metrics["steps"] == 6
+    assert metrics["images_per_second"] * metrics["train_seconds"] == pytest.approx(6)
+    assert metrics["masks_per_second"] <= 2 * metrics["images_per_second"]
+
+
+def test_the_start_is_measured_before_the_first_step(finished: Path) -> None:
+    metrics = result(finished)["metrics"]
+    scores = rows(finished, "val/mean_iou@1")
+
+    assert sorted(scores) == [0, 3, 6], "the start, the step that is the fourth, the end"
+    assert metrics["start_mean_iou@1"] == pytest.approx(scores[0])
+    assert metrics["mean_iou@1"] == pytest.approx(scores[6])
+
+
+def test_best_ckpt_loads_and_answers_as_it_did(finished: Path, toy: list[str]) -> None:
+    cfg = config.compose("train", [*toy, *SIX_STEPS])
+    data = config.instantiate(cfg.data)
+    data.setup()
+    simulator = config.instantiate(cfg.task.val_prompts)
+    model = load_model(finished / "checkpoints/best.ckpt")
+
+    metrics = ClickMetrics(simulator.num_corrections + 1)
+    for record in data.val_dataloader():
+        metrics.update(click_rollout(model, record, simulator, seed=cfg.seed))
+
+    scores = rows(finished, "val/mean_iou@1")
+    best = max(value for step, value in scores.items() if step > 0)
+    assert metrics.compute()["mean_iou@1"] == pytest.approx(best, abs=1e-6)
+    assert not model.training
+    sizes = [(finished / "checkpoints" / f"{n}.ckpt").stat().st_size for n in ("best", "last")]
+    assert sizes[0] < 0.5 * sizes[1], "without the optimiser's state"
+
+
+def test_what_is_logged_belongs_to_the_step_of_its_row(
+    finished: Path, train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    validations = []
+    start = InteractiveTraining.on_validation_epoch_start
+
+    def counted(self: InteractiveTraining) -> None:
+        validations.append(self.global_step)
+        start(self)
+
+    monkeypatch.setattr(InteractiveTraining, "on_validation_epoch_start", counted)
+    sparse = ["trainer.max_steps=4", "trainer.log_every_n_steps=2", "trainer.val_check_interval=4"]
+    assert train(*sparse) == 0
+
+    assert validations == [0, 4], "the last step's validation is not made twice"
+    for name in ("grad_norm/all", "train/loss", "lr", "train/iou_pass1"):
+        every, second = rows(finished, name), rows(tmp_path, name)
+        assert sorted(second) == [1, 3]
+        assert second == {1: every[1], 3: every[3]}, name
+    assert sorted(rows(tmp_path, "train/masks_per_second")) == [1, 3]
+
+
+def test_gradient_norms_are_logged_by_part_and_unclipped(finished: Path) -> None:
+    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
+    norms = [rows(finished, f"grad_norm/{part}") for part in parts]
+    total = rows(finished, "grad_norm/all")
+
+    assert sorted(total) == list(range(6))
+    for step, value in total.items():
+        assert value == pytest.approx(math.hypot(*(norm[step] for norm in norms)), rel=1e-4)
+    assert max(total.values()) > 1.5, "clipping is at 1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    finished: Path,
+    train: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    signals_restored: dict[int, Any],
+    number: int,
+) -> None:
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, number, step=3)
+        assert train(*SIX_STEPS) == 130
+    assert signal.getsignal(number) == signals_restored[number]
+    assert not (tmp_path / "metrics.json").exists()
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    assert last["global_step"] == 3
+
+    assert train(*SIX_STEPS) == 0
+
+    assert "Going on from" in capsys.readouterr().out
+    there, here = weights(finished), weights(tmp_path)
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    for name in ("train/loss", "lr", "val/mean_iou@1", "grad_norm/all"):
+        assert rows(tmp_path, name) == rows(finished, name), name
+    same = ("steps", "mean_iou@1", "start_mean_iou@1", "box_mean_iou")
+    there_metrics, here_metrics = result(finished)["metrics"], result(tmp_path)["metrics"]
+    assert {k: here_metrics[k] for k in same} == {k: there_metrics[k] for k in same}
+    images = here_metrics["images_per_second"] * here_metrics["train_seconds"]
+    assert images == pytest.approx(6)
+
+
+@pytest.mark.parametrize(
+    "budget", [["trainer.max_steps=2"], ["trainer.max_steps=-1", "trainer.max_time=00:00:00:01"]]
+)
+def test_a_run_stopped_after_its_last_step_still_writes_its_report(
+    train: Run, tmp_path: Path, budget: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(*budget) == 0
+    before = result(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    before_weights = weights(tmp_path)
+
+    assert train(*budget) == 0
+
+    assert "Going on from" in capsys.readouterr().out
+    after = result(tmp_path)
+    assert after["metrics"]["mean_iou@1"] == before["metrics"]["mean_iou@1"]
+    assert after["metrics"]["start_mean_iou@1"] == before["metrics"]["start_mean_iou@1"]
+    assert after["metrics"]["steps"] == before["metrics"]["steps"]
+    assert (after["num_masks"], after["dataset"]) == (before["num_masks"], before["dataset"])
+    assert all(torch.equal(w, before_weights[name]) for name, w in weights(tmp_path).items())
+
+
+def test_time_ends_a_run_and_a_resumed_clock_goes_on(train: Run, tmp_path: Path) -> None:
+    assert train("trainer.max_steps=-1", "trainer.max_time=00:00:00:01") == 0
+
+    steps = result(tmp_path)["metrics"]["steps"]
+    rates = rows(tmp_path, "lr")
+    assert steps == len(rates) > 1
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    (clock,) = [state for name, state in last["callbacks"].items() if name.startswith("Timer")]
+    assert clock["time_elapsed"]["train"] >= 1
+    assert rates[max(rates)] < 0.6 * rates[0], "the cosine follows the clock"
+
+
+def test_early_stopping_ends_a_run_that_gets_no_better(train: Run, tmp_path: Path) -> None:
+    code = train(
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=2",
+        "callbacks.report.num_pictures=0",
+        "optim.lr=1e-12",
+        "trainer.val_check_interval=1",
+        "trainer.max_steps=40",
+    )
+
+    assert code == 0
+    assert result(tmp_path)["metrics"]["steps"] == 3, (
+        "one that sets the mark, two that do not beat it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "kept"),
+    [
+        ("max", [0.2, 0.1, 0.3, 0.3], [0.2, 0.3]),
+        ("min", [0.2, 0.1, 0.3], [0.2, 0.1]),
+        ("max", [math.nan, 0.1, math.nan, 0.2], [math.nan, 0.1, 0.2]),
+    ],
+)
+def test_the_best_is_kept(mode: str, scores: list[float], kept: list[float]) -> None:
+    class Trainer:
+        saved: list[float | None] = []
+
+        def save_checkpoint(self, path: Path, weights_only: bool) -> None:
+            self.saved.append(best.best)
+
+    trainer: Any = Trainer()
+    Trainer.saved = []
+    best = callbacks.BestCheckpoint(path="best.ckpt", monitor="box_mean_iou", mode=mode)
+    for score in scores:
+        best.consider(trainer, {"box_mean_iou": score})
+
+    assert trainer.saved == pytest.approx(kept, nan_ok=True)
+    resumed = callbacks.BestCheckpoint(path="best.ckpt", monitor="box_mean_iou", mode=mode)
+    resumed.load_state_dict(best.state_dict())
+    assert resumed.best == pytest.approx(kept[-1])
+
+
+def test_an_unknown_score_to_monitor_is_named(
+    train: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("trainer.max_steps=1", "callbacks.best.monitor=mean_iou@20") == 2
+
+    text = capsys.readouterr().err
+    assert "callbacks.best.monitor is one of box_mean_iou" in text
+    assert "got mean_iou@20" in text
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_process_of_its_own_leaves_a_run_that_goes_on(
+    toy: list[str], train: Run, tmp_path: Path
+) -> None:
+    many = ["trainer.max_steps=100000", "data.num_workers=1", "callbacks.report.num_pictures=0"]
+    command = [sys.executable, "-m", "sam_train.cli", "train", *toy, f"run_dir={tmp_path}", *many]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 200
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "metrics.csv").exists() and 5 in rows(tmp_path, "train/loss"):
+                break
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the reader too
+        output, _ = process.communicate(timeout=60)
+
+    assert process.returncode == 130, output
+    assert "Traceback" not in output
+    assert "The same command goes on" in output
+    stopped_at = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"]
+    losses = rows(tmp_path, "train/loss")
+    assert sorted(losses) == list(range(stopped_at))
+
+    more = f"trainer.max_steps={stopped_at + 2}"
+    assert train(*many, more, "resume=force") == 0
+
+    resumed = rows(tmp_path, "train/loss")
+    assert sorted(resumed) == list(range(stopped_at + 2))
+    assert {step: resumed[step] for step in losses} == losses
+    start = rows(tmp_path, "val/mean_iou@1")[0]
+    assert result(tmp_path)["metrics"]["start_mean_iou@1"] == pytest.approx(start)

@@ -7,7 +7,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,6 +17,7 @@ import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
+from sam_train.metrics.clicks import SIZE_SUFFIXES
 from sam_train.structures import ImageBatch
 from sam_train.training import figures, run_folder
 from sam_train.training.interactive import InteractiveTraining
@@ -91,22 +92,29 @@ class BestCheckpoint(lightning.Callback):
         self.path, self.monitor, self.mode = Path(path), monitor, mode
         self.best: float | None = None
 
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+        names = pl_module.val_metrics.names
+        self._check([name + suffix for suffix in SIZE_SUFFIXES for name in names])
+
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if not trainer.sanity_checking:
             self.consider(trainer, pl_module.val_metrics.compute())
 
     def consider(self, trainer: lightning.Trainer, scores: Mapping[str, float]) -> None:
         """Saves the model if `scores` are the best so far."""
-        if self.monitor not in scores:
-            raise ValueError(
-                f"callbacks.best.monitor is one of {', '.join(sorted(scores))}, got {self.monitor}"
-            )
+        self._check(scores)
         score = scores[self.monitor]
         sign = 1 if self.mode == "max" else -1
         if self.best is None or math.isnan(self.best) or sign * score > sign * self.best:
             self.best = score
             # Without the optimiser's state, twice the size of the weights: a run goes on from last.ckpt.
             trainer.save_checkpoint(self.path, weights_only=True)
+
+    def _check(self, names: Collection[str]) -> None:
+        if self.monitor not in names:
+            raise ValueError(
+                f"callbacks.best.monitor is one of {', '.join(names)}, got {self.monitor}"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}

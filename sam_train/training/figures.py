@@ -60,7 +60,8 @@ def draw_curves(path: Path, metrics_csv: Path) -> None:
 
 
 def _smoothed(values: np.ndarray) -> np.ndarray:
-    width = max(1, round(len(values) * SMOOTHED_OVER))
+    # A kernel longer than the curve would make `np.convolve` answer with more points than it has.
+    width = min(max(1, round(len(values) * SMOOTHED_OVER)), (len(values) - 1) // 2)
     kernel = np.ones(2 * width + 1)
     weights = np.convolve(np.ones_like(values), kernel, mode="same")
     return np.convolve(values, kernel, mode="same") / weights

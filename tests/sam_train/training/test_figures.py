@@ -43,7 +43,8 @@ def test_curves_show_what_metrics_csv_holds(tmp_path: Path, plotted: list[Any]) 
 
     figures.draw_curves(tmp_path / "figures" / "curves.png", tmp_path / "metrics.csv")
 
-    assert Image.open(tmp_path / "figures" / "curves.png").size[0] > 1000
+    with Image.open(tmp_path / "figures" / "curves.png") as picture:
+        assert picture.width > 1000
     loss, _, validation, gradient = plotted[0].axes
     raw, smooth = loss.lines
     assert raw.get_xydata().tolist() == [[9, 1.5], [19, 1.2], [29, 0.9]]
@@ -51,6 +52,13 @@ def test_curves_show_what_metrics_csv_holds(tmp_path: Path, plotted: list[Any]) 
     assert validation.lines[0].get_xydata().tolist() == [[0, 0.1], [19, 0.4]]
     assert gradient.get_yscale() == "log"
     assert [text.get_text() for text in gradient.get_legend().get_texts()] == ["image_encoder"]
+
+
+@pytest.mark.parametrize("num_points", [1, 2, 3, 4, 250])
+def test_a_smoothed_curve_has_as_many_points_and_keeps_a_constant(num_points: int) -> None:
+    smoothed = figures._smoothed(np.full(num_points, 0.5))
+
+    assert smoothed == pytest.approx(np.full(num_points, 0.5))
 
 
 def test_a_run_that_has_logged_nothing_yet_has_no_curves(tmp_path: Path) -> None:
@@ -78,7 +86,8 @@ def test_clicks_are_drawn_for_one_object_an_image(
     figures.draw_clicks(tmp_path / "clicks.png", training, records(), 2)
 
     assert len(taken) == 3, "an image without an object is passed over, and none read in vain"
-    picture = np.asarray(Image.open(tmp_path / "clicks.png"))
+    with Image.open(tmp_path / "clicks.png") as image:
+        picture = np.asarray(image)
     height, width = picture.shape[:2]
     assert height > 2 * 240
     assert width > 4 * 240, "the object and its answers after three clicks"

@@ -19,7 +19,7 @@ class Terminal(io.StringIO):
         return True
 
 
-RUN = ["trainer.max_steps=4", "trainer.val_check_interval=2", "callbacks.report.num_pictures=0"]
+RUN = ["trainer.max_steps=4", "trainer.val_check_interval=2"]
 
 
 def test_a_terminal_shows_the_speed_and_the_time_left(

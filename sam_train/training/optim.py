@@ -105,7 +105,9 @@ class AdamW:
             group["params"].append(parameter)
         if not groups:
             raise ValueError("nothing is left to train: every parameter of the model is frozen")
-        return torch.optim.AdamW(list(groups.values()), lr=self.lr, betas=(self.betas[0], self.betas[1]))
+        return torch.optim.AdamW(
+            list(groups.values()), lr=self.lr, betas=(self.betas[0], self.betas[1])
+        )
 
 
 def layers_above(model: Sam, name: str, layer_decay: float) -> int:

@@ -96,6 +96,7 @@ def test_a_run_leaves_what_the_interface_names(finished: Path) -> None:
         assert (finished / name).stat().st_size > 0
     for name in ("metrics.csv", "metrics.json", "train.log", "figures/curves.png"):
         assert (finished / name).stat().st_size > 0
+    assert len(list(finished.rglob("*.ckpt"))) == 2
     pictures = {path.name for path in (finished / "figures").glob("clicks_*.png")}
     assert pictures == {"clicks_step000004.png", "clicks_step000006.png"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,3 +46,10 @@ def synthetic_scenes() -> list[ImageRecord]:
 
     source = SyntheticSource(split="val", num_scenes=4, size=96, seed=0)
     return list(source.records(epoch=0, reader=0, num_readers=1, shuffle=False))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> None:
+    """A shell starts what it puts in the background with Ctrl-C ignored, and children inherit that."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -40,6 +41,8 @@ class BudgetProgressBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()
         bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        # tqdm shows nothing on a terminal that does not know its width; this takes 80 columns then.
+        bar.dynamic_ncols = lambda _: tuple(shutil.get_terminal_size())
         return bar
 
     def init_validation_tqdm(self) -> Tqdm:

@@ -48,7 +48,7 @@ class ToyTraining(lightning.LightningModule):
         elif self.how == "bug":
             raise AssertionError("this should not happen")
         elif self.how == "library bug":
-            torch.distributions.Normal(torch.zeros(1), -torch.ones(1))
+            torch.distributions.Normal(torch.zeros(1), -torch.ones(1), validate_args=True)
         else:
             raise FileNotFoundError(2, "No such file or directory", "/no/such/shard.tar")
 

@@ -27,7 +27,7 @@ def test_a_terminal_shows_the_speed_and_the_time_left(
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "0")  # a terminal that does not know its width
 
     code = cli.run(
         "train", [*toy, *RUN, f"run_dir={tmp_path}", "callbacks.progress.refresh_rate=1"]

@@ -41,7 +41,8 @@ class BudgetProgressBar(TQDMProgressBar):
     def init_train_tqdm(self) -> Tqdm:
         bar = super().init_train_tqdm()
         bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
-        # tqdm shows nothing on a terminal that does not know its width; this takes 80 columns then.
+        # tqdm shows nothing on a terminal that does not know its size; this takes 80 x 24 then.
+        bar.ncols, bar.nrows = shutil.get_terminal_size()
         bar.dynamic_ncols = lambda _: tuple(shutil.get_terminal_size())
         return bar
 
@@ -85,9 +86,12 @@ class BudgetProgressBar(TQDMProgressBar):
         super().on_validation_end(trainer, pl_module)
         self._refresh(trainer, pl_module)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: InteractiveTraining
+    ) -> None:
+        # The stream of batches ends once. Only then, so that what is reported at the end goes below the bar.
         self._refresh(trainer, pl_module)
-        super().on_train_end(trainer, pl_module)
+        self.train_progress_bar.close()
 
     def on_exception(self, *_: Any) -> None:
         if self._train_progress_bar is not None:

@@ -44,6 +44,7 @@ def test_a_terminal_shows_the_speed_and_the_time_left(
     assert any("validating" in line for line in bars)
     assert re.match(r"step 4.*100%", bars[-1])
     assert "mean_iou@1=" in bars[-1]
+    assert re.search(r"step 4[^\n]*100%[^\n]*\n", terminal.getvalue()), "the bar ends its line"
 
 
 def test_a_log_gets_a_line_now_and_then_and_no_bar(

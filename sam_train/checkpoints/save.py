@@ -36,6 +36,7 @@ def to_official_state_dict(model: Sam) -> dict[str, Tensor]:
             "the official format has 8 heads in the mask decoder, "
             f"got {model.mask_decoder.transformer.num_heads}"
         )
+    _check_prompts(model, "official")
     if isinstance(model.image_encoder, TinyVitEncoder):
         return _renamed(model, MOBILE_SAM) | _mobile_sam_classifier(model.image_encoder)
     return _renamed(_checked_vit(model, "official"), OFFICIAL_VIT)
@@ -54,6 +55,7 @@ def to_hugging_face(model: Sam) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: `SamModel` cannot express the model.
     """
     _checked_vit(model, "Hugging Face")
+    _check_prompts(model, "Hugging Face")
     depth = len(model.mask_decoder.iou_prediction_head.layers)
     if depth < 2:
         raise ValueError(
@@ -80,6 +82,14 @@ def _checked_vit(model: Sam, form: str) -> Sam:
             "expected a model with SAM's own ViT"
         )
     return model
+
+
+def _check_prompts(model: Sam, form: str) -> None:
+    if model.prompt_encoder.drawing is not None:
+        raise ValueError(
+            f"the {form} format has no place for drawn prompts; "
+            "expected a model without prompt_encoder.drawing"
+        )
 
 
 def _renamed(model: Sam, table: KeyTable) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -45,6 +47,37 @@ class MLP(nn.Module):
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class Downscaling(nn.Sequential):
+    """SAM's reader of mask prompts: two 2x2 convolutions of stride 2 and a 1x1 (SAM, appendix A).
+
+    It runs channels last, as matrix products: so few channels make poor convolutions.
+
+    Args:
+        in_chans: channels of the maps, 1 for a mask.
+        inner_chans: width of the second layer; the first has a quarter of it.
+        out_chans: C.
+    """
+
+    def __init__(self, in_chans: int, inner_chans: int, out_chans: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_chans, inner_chans // 4, kernel_size=2, stride=2),
+            LayerNorm2d(inner_chans // 4),
+            nn.GELU(),
+            nn.Conv2d(inner_chans // 4, inner_chans, kernel_size=2, stride=2),
+            LayerNorm2d(inner_chans),
+            nn.GELU(),
+            nn.Conv2d(inner_chans, out_chans, kernel_size=1),
+        )
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """(P, h, w, in_chans) maps to (P, C, h / 4, w / 4)."""
+        layers: list[Any] = list(self)
+        conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
+        x = act1(norm1.over_last(stride_two_conv(conv1, maps)))
+        x = act2(norm2.over_last(stride_two_conv(conv2, x)))
+        return F.linear(x, conv3.weight.flatten(1), conv3.bias).permute(0, 3, 1, 2)
 
 
 def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.common import LayerNorm2d, stride_two_conv
+from sam_train.models.common import Downscaling
 from sam_train.models.position_encoding import PositionEmbeddingRandom
+from sam_train.models.prompt_drawing import PromptDrawing
 from sam_train.structures import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PADDING, Prompts
 
 
@@ -21,6 +19,8 @@ class PromptEncoder(nn.Module):
         image_embedding_size: (h, w) of the image embedding; `Sam` tells it from its image encoder.
         input_image_size: (H, W) of the padded model input; likewise.
         mask_in_chans: width of the first layers that read a mask prompt.
+        drawing: if set, the dense embedding also holds the clicks and boxes, drawn; the published model
+            has no such part.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class PromptEncoder(nn.Module):
         image_embedding_size: tuple[int, int] = (64, 64),
         input_image_size: tuple[int, int] = (1024, 1024),
         mask_in_chans: int = 16,
+        drawing: PromptDrawing | None = None,
     ) -> None:
         super().__init__()
         self.embed_dim = embed_dim
@@ -38,15 +39,8 @@ class PromptEncoder(nn.Module):
         self.point_embeddings = nn.ModuleList(nn.Embedding(1, embed_dim) for _ in range(4))
         self.not_a_point_embed = nn.Embedding(1, embed_dim)
         self.no_mask_embed = nn.Embedding(1, embed_dim)
-        self.mask_downscaling = nn.Sequential(
-            nn.Conv2d(1, mask_in_chans // 4, kernel_size=2, stride=2),
-            LayerNorm2d(mask_in_chans // 4),
-            nn.GELU(),
-            nn.Conv2d(mask_in_chans // 4, mask_in_chans, kernel_size=2, stride=2),
-            LayerNorm2d(mask_in_chans),
-            nn.GELU(),
-            nn.Conv2d(mask_in_chans, embed_dim, kernel_size=1),
-        )
+        self.mask_downscaling = Downscaling(1, mask_in_chans, embed_dim)
+        self.drawing = drawing
 
     def set_image_size(
         self, input_image_size: tuple[int, int], image_embedding_size: tuple[int, int]
@@ -102,9 +96,13 @@ class PromptEncoder(nn.Module):
         Returns:
             Sparse embeddings (P, N, C) and dense embeddings (P, C, h, w).
         """
-        return self.embed_points(prompts.point_coords, prompts.point_labels), self.embed_masks(
-            prompts.mask_inputs, len(prompts.point_coords)
-        )
+        coords, labels, masks = prompts
+        sparse = self.embed_points(coords, labels)
+        dense = self.embed_masks(masks, len(coords))
+        if self.drawing is not None:
+            grid, pixels = self.mask_input_size, self.input_image_size
+            dense = dense + self.drawing(coords, labels, grid, pixels)
+        return sparse, dense
 
     def embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
         # Clicks are pixel indices, which name a corner; the code is of the pixel's centre.
@@ -118,14 +116,6 @@ class PromptEncoder(nn.Module):
 
     def embed_masks(self, masks: Tensor | None, num_prompts: int) -> Tensor:
         if masks is not None:
-            return self._downscale(masks)
+            return self.mask_downscaling(masks.permute(0, 2, 3, 1))
         dense = self.no_mask_embed.weight.reshape(1, -1, 1, 1)
         return dense.expand(num_prompts, -1, *self.image_embedding_size)
-
-    def _downscale(self, masks: Tensor) -> Tensor:
-        """`mask_downscaling`, channels last: its few channels make poor convolutions."""
-        layers: list[Any] = list(self.mask_downscaling)
-        conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
-        x = act1(norm1.over_last(stride_two_conv(conv1, masks.permute(0, 2, 3, 1))))
-        x = act2(norm2.over_last(stride_two_conv(conv2, x)))
-        return F.linear(x, conv3.weight.flatten(1), conv3.bias).permute(0, 3, 1, 2)

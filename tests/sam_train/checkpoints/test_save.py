@@ -12,6 +12,7 @@ from sam_train.checkpoints.save import (
     to_hugging_face,
     to_official_state_dict,
 )
+from sam_train.models.prompt_drawing import PromptDrawing
 
 TOLERANCE = 1e-5
 
@@ -105,3 +106,9 @@ def test_what_a_format_cannot_express_is_refused(official_file):
     model.mask_decoder.transformer.num_heads = 4
     with pytest.raises(ValueError, match="8 heads in the mask decoder, got 4"):
         to_official_state_dict(model)
+
+    model = load_model(official_file[1])
+    model.prompt_encoder.drawing = PromptDrawing(embed_dim=model.prompt_encoder.embed_dim)
+    for form, save in (("official", to_official_state_dict), ("Hugging Face", to_hugging_face)):
+        with pytest.raises(ValueError, match=f"{form} format has no place for drawn prompts"):
+            save(model)

@@ -25,7 +25,9 @@ class PromptDrawing(nn.Module):
         click_radius_px: standard deviation of a click's spot, pixels of the model input.
     """
 
-    def __init__(self, *, embed_dim: int, inner_chans: int = 16, click_radius_px: float = 4.0) -> None:
+    def __init__(
+        self, *, embed_dim: int, inner_chans: int = 16, click_radius_px: float = 4.0
+    ) -> None:
         super().__init__()
         if click_radius_px <= 0:
             raise ValueError(f"click_radius_px is above 0, got {click_radius_px}")

@@ -112,7 +112,10 @@ MOBILE_SAM = KeyTable(
 """MobileSAM's `vit_t`."""
 
 SAM_TRAIN = KeyTable(
-    tuple((part, f"model.{part}") for part in ("image_encoder", "prompt_encoder", "mask_decoder"))
+    tuple(
+        (part, f"model.{part}")
+        for part in ("image_encoder", "prompt_encoder", "mask_decoder", "prompt_affinity")
+    )
 )
 """This project's `.ckpt`, where the model is an attribute of the training module."""
 

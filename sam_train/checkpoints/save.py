@@ -85,11 +85,16 @@ def _checked_vit(model: Sam, form: str) -> Sam:
 
 
 def _check_prompts(model: Sam, form: str) -> None:
-    if model.prompt_encoder.drawing is not None:
-        raise ValueError(
-            f"the {form} format has no place for drawn prompts; "
-            "expected a model without prompt_encoder.drawing"
-        )
+    parts = {
+        "prompt_encoder.drawing": model.prompt_encoder.drawing,
+        "prompt_affinity": model.prompt_affinity,
+    }
+    for name, part in parts.items():
+        if part is not None:
+            raise ValueError(
+                f"the {form} format has no place for a {type(part).__name__}; "
+                f"expected a model without {name}"
+            )
 
 
 def _renamed(model: Sam, table: KeyTable) -> dict[str, Tensor]:

@@ -164,6 +164,8 @@ class TimmEncoder(nn.Module):
             default.
         max_stride: backbone levels coarser than this are left out.
         pretrained: timm's weights, downloaded or from its cache.
+        fan_in_init: without pretrained weights, start every layer at a standard deviation of
+            fan_in ** -0.5 and not as timm does: ConvNeXt's 0.02 leaves narrow layers all but linear.
         backbone: further arguments of the timm model.
     """
 
@@ -181,6 +183,7 @@ class TimmEncoder(nn.Module):
         in_chans: int = 3,
         max_stride: int = 32,
         pretrained: bool = False,
+        fan_in_init: bool = False,
         grad_checkpointing: bool = False,
         backbone: Mapping[str, Any] | None = None,
     ) -> None:
@@ -208,6 +211,8 @@ class TimmEncoder(nn.Module):
             getattr(self.backbone, "model", self.backbone).set_grad_checkpointing()
         if not pretrained:
             _start_biases_off_zero(self.backbone)
+            if fan_in_init:
+                _start_at_fan_in(self.backbone)
         self.neck = FPNNeck(self.backbone.feature_info.channels(), out_chans)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -242,6 +247,12 @@ def _start_biases_off_zero(backbone: nn.Module) -> None:
         if isinstance(layer, nn.Conv2d) and layer.bias is not None and not layer.bias.any():
             bound = layer.weight[0].numel() ** -0.5
             nn.init.uniform_(layer.bias, -bound, bound)
+
+
+def _start_at_fan_in(backbone: nn.Module) -> None:
+    for layer in backbone.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=layer.weight[0].numel() ** -0.5)
 
 
 def _check_img_size(img_size: int, stride: int) -> None:

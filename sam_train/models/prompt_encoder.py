@@ -71,6 +71,15 @@ class PromptEncoder(nn.Module):
         Returns:
             Sparse embeddings (P, N', C) and dense embeddings (P, C, h, w).
         """
+        return self.embed(self.to_prompts(points, boxes, masks))
+
+    def to_prompts(
+        self,
+        points: tuple[Tensor, Tensor] | None = None,
+        boxes: Tensor | None = None,
+        masks: Tensor | None = None,
+    ) -> Prompts:
+        """What `forward` takes, as one `Prompts`."""
         coords, labels = [], []
         if points is not None:
             coords.append(points[0])
@@ -83,12 +92,11 @@ class PromptEncoder(nn.Module):
             corners = torch.tensor([[BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]], device=boxes.device)
             labels.append(corners.expand(len(coords[-1]), 2))
         if coords:
-            prompts = Prompts(torch.cat(coords, dim=1), torch.cat(labels, dim=1), masks)
-            return self.embed(prompts)
+            return Prompts(torch.cat(coords, dim=1), torch.cat(labels, dim=1), masks)
         device = self.no_mask_embed.weight.device
         num_prompts = 1 if masks is None else len(masks)
         no_points = torch.zeros(num_prompts, 0, 2, device=device)
-        return self.embed(Prompts(no_points, no_points[..., 0].long(), masks))
+        return Prompts(no_points, no_points[..., 0].long(), masks)
 
     def embed(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Embeds `Prompts` of the model input frame; nothing is added to them.

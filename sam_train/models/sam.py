@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_train.models.mask_decoder import MaskDecoder
+from sam_train.models.prompt_affinity import PromptAffinity
 from sam_train.models.prompt_encoder import PromptEncoder
 from sam_train.structures import ImageFeatures, MaskPrediction, Prompts
 
@@ -24,6 +25,8 @@ class Sam(nn.Module):
         image_encoder: images to embeddings; has `img_size`, `stride`, `in_chans` and `out_chans`.
         prompt_encoder: prompts to embeddings.
         mask_decoder: both to masks.
+        prompt_affinity: if set, the dense prompt embedding also says what looks like the prompted part of
+            the image; the published model has no such part.
         pixel_mean: of each input channel, on the scale of 0 to 255.
         pixel_std: likewise.
         compile_encoder: run the image encoder through `torch.compile`.
@@ -42,6 +45,7 @@ class Sam(nn.Module):
         image_encoder: Any,
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
+        prompt_affinity: PromptAffinity | None = None,
         pixel_mean: Sequence[float] = SAM_PIXEL_MEAN,
         pixel_std: Sequence[float] = SAM_PIXEL_STD,
         compile_encoder: bool = False,
@@ -50,6 +54,7 @@ class Sam(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
+        self.prompt_affinity = prompt_affinity
         side, tokens = image_encoder.img_size, image_encoder.img_size // image_encoder.stride
         prompt_encoder.set_image_size((side, side), (tokens, tokens))
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
@@ -109,6 +114,14 @@ class Sam(nn.Module):
             multimask_output: three candidates a prompt, else one.
         """
         sparse, dense = self.prompt_encoder.embed(prompts)
+        if self.prompt_affinity is not None:
+            dense = dense + self.prompt_affinity(
+                features.image_embeddings,
+                prompts.point_coords,
+                prompts.point_labels,
+                image_index,
+                self.prompt_encoder.input_image_size,
+            )
         low_res_masks, iou_predictions = self.mask_decoder(
             image_embeddings=features.image_embeddings,
             image_pe=self.prompt_encoder.get_dense_pe(),
@@ -154,17 +167,13 @@ class Sam(nn.Module):
         self, entry: dict[str, Any], image_embedding: Tensor, multimask_output: bool
     ) -> dict[str, Tensor]:
         has_points = "point_coords" in entry
-        sparse, dense = self.prompt_encoder(
+        prompts = self.prompt_encoder.to_prompts(
             points=(entry["point_coords"], entry["point_labels"]) if has_points else None,
             boxes=entry.get("boxes"),
             masks=entry.get("mask_inputs"),
         )
-        low_res_masks, iou_predictions = self.mask_decoder(
-            image_embeddings=image_embedding,
-            image_pe=self.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask_output,
+        low_res_masks, iou_predictions = self.decode(
+            ImageFeatures(image_embedding), prompts, multimask_output=multimask_output
         )
         masks = self.postprocess_masks(
             low_res_masks, tuple(entry["image"].shape[-2:]), entry["original_size"]

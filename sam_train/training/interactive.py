@@ -7,18 +7,28 @@ from typing import Any
 
 import lightning
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.data.source import sample_seed
+from sam_train.losses.affinity import affinity_loss
 from sam_train.losses.multimask import InteractiveLoss
 from sam_train.metrics.click_rollout import click_rollout
 from sam_train.metrics.clicks import ClickMetrics
+from sam_train.models.prompt_affinity import PromptAffinity
 from sam_train.models.sam import Sam
 from sam_train.ops.coords import boxes_to_grid, prompts_to_input
 from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import Interaction, PromptSimulator
-from sam_train.structures import BOX_TOP_LEFT, ImageBatch, ImageRecord, MaskPrediction, Prompts
+from sam_train.structures import (
+    BOX_TOP_LEFT,
+    ImageBatch,
+    ImageFeatures,
+    ImageRecord,
+    MaskPrediction,
+    Prompts,
+)
 from sam_train.training.optim import AdamW
 
 SOMETIMES_LEFT_OUT = re.compile(r"no_mask_embed|mask_downscaling|k_proj\.bias")
@@ -38,6 +48,8 @@ class InteractiveTraining(lightning.LightningModule):
         val_prompts: plays the annotator in validation, at original resolution.
         loss: of one answer.
         optim: builds the optimiser and knows the schedule.
+        affinity_weight: of the loss that teaches `prompt_affinity` which image tokens belong together, a
+            mean over images; where the model has that part.
         seed: of the order of the passes.
     """
 
@@ -49,6 +61,7 @@ class InteractiveTraining(lightning.LightningModule):
         val_prompts: PromptSimulator,
         loss: InteractiveLoss,
         optim: AdamW,
+        affinity_weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -57,6 +70,7 @@ class InteractiveTraining(lightning.LightningModule):
         self.val_prompts = val_prompts
         self.loss = loss
         self.optim = optim
+        self.affinity_weight = affinity_weight
         self.seed = seed
         self.model_config: dict[str, Any] | None = None
         """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
@@ -92,13 +106,17 @@ class InteractiveTraining(lightning.LightningModule):
             plan,
             to_masks=lambda logits: (logits > 0) & inside,
         )
-        share = 1 / self._global_num_masks(len(batch.masks))
+        share = 1 / self._mean_over_ranks(len(batch.masks))
         total = torch.zeros((), device=batch.masks.device)
         for interaction in rollout:
             answer = self.loss(interaction.prediction, batch.masks)
             total = total + answer.total.sum() * share
             self._log_answer(interaction, answer.candidate_ious, answer.mask)
         loss = total / len(plan.new_prompt) + self._nothing_left_out()
+        if self.model.prompt_affinity is not None and self.affinity_weight > 0:
+            affinity = self._affinity(self.model.prompt_affinity, features, batch)
+            self.log("train/affinity_loss", affinity.detach())
+            loss = loss + self.affinity_weight * affinity
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
@@ -193,12 +211,32 @@ class InteractiveTraining(lightning.LightningModule):
         batch_number = self.trainer.fit_loop.total_batch_idx if self._trainer is not None else 0
         return torch.Generator().manual_seed(sample_seed(self.seed, batch_number, "plan"))
 
-    def _global_num_masks(self, num_masks: int) -> float:
-        """Masks on all ranks, divided by the ranks: gradients are averaged over them afterwards."""
+    def _affinity(
+        self, affinity: PromptAffinity, features: ImageFeatures, batch: ImageBatch
+    ) -> Tensor:
+        """What the drawn masks say about which tokens belong together."""
+        codes = affinity.codes(features.image_embeddings)
+        h, w = features.image_embeddings.shape[-2:]
+        covered = F.adaptive_avg_pool2d(batch.masks.float(), (h, w)).flatten(1)
+        # A mask too small to fill half a token lies in the one that it fills most.
+        members = (covered > 0) & (covered >= covered.amax(dim=1, keepdim=True).clamp(max=0.5))
+        token = torch.arange(h * w, device=covered.device)
+        is_black = (token // w + token % w) % 2
+        losses = []
+        for i, seed in enumerate(batch.seeds):
+            # One colour of a chessboard, the other one the next time: a quarter of the pairs.
+            picked = is_black == seed % 2
+            of_image = codes[i, picked]
+            logits = affinity.logits(of_image, of_image)
+            losses.append(affinity_loss(logits, members[batch.image_index == i][:, picked]))
+        return torch.stack(losses).sum() / self._mean_over_ranks(len(losses))
+
+    def _mean_over_ranks(self, count: int) -> float:
+        """The mean of a count over all ranks, 1 at least: gradients are averaged over them afterwards."""
         if self._trainer is None or self.trainer.world_size == 1:
-            return float(max(1, num_masks))
-        count = torch.tensor(float(num_masks), device=self.device)
-        return max(1.0, float(self._over_ranks(count, "sum")) / self.trainer.world_size)
+            return float(max(1, count))
+        counts = torch.tensor(float(count), device=self.device)
+        return max(1.0, float(self._over_ranks(counts, "sum")) / self.trainer.world_size)
 
     def _log_answer(
         self, interaction: Interaction, candidate_ious: Tensor, mask_loss: Tensor

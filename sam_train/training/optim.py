@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
 from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
@@ -92,22 +93,95 @@ class AdamW:
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is above 0 and at most 1, got {self.layer_decay}")
 
-    def build(self, model: Sam) -> torch.optim.AdamW:
+    def build(self, model: Sam) -> torch.optim.Optimizer:
         """Groups the trainable parameters by rate and decay; frozen ones are left out."""
-        groups: dict[tuple[float, float], dict[str, Any]] = {}
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            lr = self.lr * self.layer_decay ** layers_above(model, name, self.layer_decay)
-            is_bare = parameter.ndim <= 1 or any(part in name for part in POSITIONS)
-            decay = 0.0 if is_bare else self.weight_decay
-            group = groups.setdefault((lr, decay), {"lr": lr, "weight_decay": decay, "params": []})
-            group["params"].append(parameter)
-        if not groups:
-            raise ValueError("nothing is left to train: every parameter of the model is frozen")
-        return torch.optim.AdamW(
-            list(groups.values()), lr=self.lr, betas=(self.betas[0], self.betas[1])
+        groups = parameter_groups(
+            model, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
         )
+        betas = self.betas[0], self.betas[1]
+        return torch.optim.AdamW([group.options() for group in groups], lr=self.lr, betas=betas)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(AdamW):
+    """AdamW, but for the weights between features: those take orthogonalised steps (Jordan 2024).
+
+    A step moves all directions of such a matrix alike, however small the gradient along one is. From
+    random weights and over few steps this learns much faster. Convolutions count as matrices of their
+    output channels. Embeddings, positions, norms and biases stay with AdamW, at `lr`.
+
+    Attributes:
+        matrix_lr_scale: rate of the matrices, in `lr`. Their steps have the root mean square that is
+            usual for AdamW (Liu et al. 2025), so rates mean about the same.
+        momentum: of the matrices' gradients.
+    """
+
+    matrix_lr_scale: float = 4.0
+    momentum: float = 0.95
+
+    def build(self, model: Sam) -> torch.optim.Optimizer:
+        """Groups the trainable parameters by rule, rate and decay; frozen ones are left out."""
+        matrices = {id(parameter) for parameter in matrices_between_features(model)}
+        options = []
+        for group in parameter_groups(
+            model, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
+        ):
+            for is_matrix in (True, False):
+                params = [p for p in group.params if (id(p) in matrices) == is_matrix]
+                rate = self.matrix_lr_scale if is_matrix else 1.0
+                if params:
+                    part = ParameterGroup(rate * group.lr, group.weight_decay, params)
+                    options.append({**part.options(), "use_fallback": not is_matrix})
+        betas = self.betas[0], self.betas[1]
+        return TimmMuon(
+            options,
+            lr=self.lr,
+            momentum=self.momentum,
+            betas=betas,
+            adjust_lr_fn="match_rms_adamw",
+            conv_mode="flatten",
+        )
+
+
+def matrices_between_features(model: Sam) -> Iterator[nn.Parameter]:
+    """The weights of linear layers and convolutions: what maps features to features."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            yield from (p for name, p in module.named_parameters() if name == "weight")
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that learn at one rate and decay alike."""
+
+    lr: float
+    weight_decay: float
+    params: list[nn.Parameter]
+
+    def options(self) -> dict[str, Any]:
+        return {"params": self.params, "lr": self.lr, "weight_decay": self.weight_decay}
+
+
+def parameter_groups(
+    model: Sam, *, lr: float, weight_decay: float, layer_decay: float
+) -> list[ParameterGroup]:
+    """The trainable parameters by rate and decay.
+
+    Raises:
+        ValueError: nothing is trainable, or the encoder has no layers for `layer_decay`.
+    """
+    groups: dict[tuple[float, float], ParameterGroup] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = lr * layer_decay ** layers_above(model, name, layer_decay)
+        is_bare = parameter.ndim <= 1 or any(part in name for part in POSITIONS)
+        decay = 0.0 if is_bare else weight_decay
+        group = groups.setdefault((rate, decay), ParameterGroup(rate, decay, []))
+        group.params.append(parameter)
+    if not groups:
+        raise ValueError("nothing is left to train: every parameter of the model is frozen")
+    return list(groups.values())
 
 
 def layers_above(model: Sam, name: str, layer_decay: float) -> int:

@@ -110,5 +110,5 @@ def test_what_a_format_cannot_express_is_refused(official_file):
     model = load_model(official_file[1])
     model.prompt_encoder.drawing = PromptDrawing(embed_dim=model.prompt_encoder.embed_dim)
     for form, save in (("official", to_official_state_dict), ("Hugging Face", to_hugging_face)):
-        with pytest.raises(ValueError, match=f"{form} format has no place for drawn prompts"):
+        with pytest.raises(ValueError, match=f"{form} format has no place for a PromptDrawing"):
             save(model)

@@ -181,7 +181,7 @@ def test_what_is_logged_belongs_to_the_step_of_its_row(
 
 
 def test_gradient_norms_are_logged_by_part_and_unclipped(finished: Path) -> None:
-    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
+    parts = ("image_encoder", "prompt_encoder", "mask_decoder", "prompt_affinity")
     norms = [rows(finished, f"grad_norm/{part}") for part in parts]
     total = rows(finished, "grad_norm/all")
 
@@ -241,7 +241,7 @@ def test_a_run_stopped_after_its_last_step_still_writes_its_report(
 
 
 def test_time_ends_a_run_and_a_resumed_clock_has_run_out(train: Run, tmp_path: Path) -> None:
-    budget = ["trainer.max_steps=-1", "trainer.max_time=00:00:00:01"]
+    budget = ["trainer.max_steps=-1", "trainer.max_time=00:00:00:03"]
     assert train(*budget) == 0
 
     before, rates = result(tmp_path)["metrics"], rows(tmp_path, "lr")

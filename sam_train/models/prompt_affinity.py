@@ -19,10 +19,9 @@ class PromptAffinity(nn.Module):
 
     Tokens get a short code each; the affinity of two is the product of their codes. Maps are made of the
     affinity to foreground clicks, to background clicks, to the inside of a box and to the ring round
-    it. The codes have a meaning of their own, "the same object", and so can be taught directly and
-    densely (`AffinityLoss`), long before the decoder can; without that a small model answers a box by
-    filling it for its first thousand steps, and a click by a blob. Labels spread by feature affinity:
-    Chen et al. 2021, "Conditional Diffusion for Interactive Segmentation".
+    it. The codes have a meaning of their own, "the same object", and so can be taught directly, by all
+    pairs of tokens at once (`affinity_loss`). Labels spread by feature affinity: Chen et al. 2021,
+    "Conditional Diffusion for Interactive Segmentation".
 
     Args:
         embed_dim: C.

@@ -170,6 +170,19 @@ def test_any_timm_backbone_gives_an_embedding_at_the_stride(name, stride):
     assert [n for n, p in encoder.named_parameters() if p.grad is None] == []
 
 
+def test_layers_start_at_their_fan_in_where_asked():
+    def spread(fan_in_init: bool) -> dict[str, float]:
+        encoder = TimmEncoder(name="convnext_atto", img_size=64, fan_in_init=fan_in_init)
+        return {
+            name: float(layer.weight.detach().std()) * layer.weight[0].numel() ** 0.5
+            for name, layer in encoder.backbone.named_modules()
+            if isinstance(layer, nn.Conv2d | nn.Linear)
+        }
+
+    assert all(0.7 < value < 1.1 for value in spread(True).values())
+    assert min(spread(False).values()) < 0.2, "timm's own start"
+
+
 def test_a_stride_that_a_backbone_does_not_have_is_refused():
     with pytest.raises(
         ValueError, match=r"vit_tiny_patch16_224 has features at strides .* not at 8"

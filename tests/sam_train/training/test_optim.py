@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.optim import (
     AdamW,
     CosineSchedule,
+    Muon,
     StepSchedule,
     layers_above,
     parameter_table,
@@ -148,6 +150,49 @@ def test_frozen_parameters_are_left_out(tiny_sam: Sam) -> None:
     tiny_sam.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing is left to train"):
         built(tiny_sam)
+
+
+def test_muon_takes_what_lies_between_features(tiny_sam: Sam) -> None:
+    optim = Muon(lr=0.01, schedule=StepSchedule(), weight_decay=0.1, matrix_lr_scale=3.0)
+    groups = by_name(tiny_sam, optim.build(tiny_sam))
+
+    assert groups.keys() == {name for name, _ in tiny_sam.named_parameters()}
+    for name, group in groups.items():
+        is_matrix = name.endswith(".weight") and not any(
+            part in name for part in ("norm", "embed", "token", "mask_downscaling.1.", "stem_1")
+        )
+        is_matrix = is_matrix and tiny_sam.get_parameter(name).ndim > 1
+        assert group["use_fallback"] is not is_matrix, name
+        assert group["lr"] == pytest.approx(0.03 if is_matrix else 0.01), name
+    assert groups["mask_decoder.mask_tokens.weight"]["weight_decay"] == 0.1
+    assert groups["mask_decoder.iou_prediction_head.layers.0.bias"]["weight_decay"] == 0.0
+
+
+def test_a_step_of_muon_moves_all_directions_of_a_matrix_alike(tiny_sam: Sam) -> None:
+    model = copy.deepcopy(tiny_sam)
+    optimizer = Muon(lr=0.01, schedule=StepSchedule(), weight_decay=0.0).build(model)
+    layer = model.mask_decoder.transformer.layers[0].mlp.lin1
+    before = layer.weight.detach().clone()
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 8, generator=generator) for n in layer.weight.shape)
+    scales = torch.logspace(0, -2, 8)  # one direction's gradient is a hundredth of another's
+    layer.weight.grad = (left * scales) @ right.T
+    optimizer.step()
+
+    moved = torch.linalg.svdvals(layer.weight.detach() - before)[:8]
+    assert moved.max() < 2 * moved.min()
+
+
+def test_the_schedule_reaches_every_rule_of_muon(tiny_sam: Sam) -> None:
+    """timm before 1.0.27 left the rate of the rest where it was."""
+    model = copy.deepcopy(tiny_sam)
+    optimizer = Muon(lr=0.01, schedule=StepSchedule(), weight_decay=0.0).build(model)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize(

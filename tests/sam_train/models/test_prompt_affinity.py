@@ -104,7 +104,11 @@ def test_the_smallest_box_still_holds_something(affinity):
 
 def test_all_ways_to_ask_the_model_use_it():
     torch.manual_seed(0)
-    model = build_model(model_config("sam_tiny")).eval()
+    node = {
+        "_target_": "sam_train.models.prompt_affinity.PromptAffinity",
+        "embed_dim": 64,
+    }
+    model = build_model({**model_config("sam_tiny"), "prompt_affinity": node}).eval()
     image = 255 * torch.rand(3, 256, 256)
     points = torch.tensor([[[90.0, 120.0]]]), torch.ones(1, 1, dtype=torch.long)
     entry = {"image": image, "original_size": (256, 256)}

@@ -181,7 +181,7 @@ def test_what_is_logged_belongs_to_the_step_of_its_row(
 
 
 def test_gradient_norms_are_logged_by_part_and_unclipped(finished: Path) -> None:
-    parts = ("image_encoder", "prompt_encoder", "mask_decoder", "prompt_affinity")
+    parts = ("image_encoder", "prompt_encoder", "mask_decoder")
     norms = [rows(finished, f"grad_norm/{part}") for part in parts]
     total = rows(finished, "grad_norm/all")
 

@@ -140,6 +140,25 @@ def test_every_part_learns(make_training: MakeTraining, blobs: ImageBatch) -> No
     assert not [name for name in silent if not any(part in name for part in excused)]
 
 
+def test_the_affinity_is_taught_beside_the_answers(
+    make_training: MakeTraining, blobs: ImageBatch
+) -> None:
+    node = "{_target_: sam_train.models.prompt_affinity.PromptAffinity, embed_dim: 32}"
+
+    def gradients(weight: float) -> dict[str, Tensor]:
+        training = make_training(
+            f"model.prompt_affinity={node}",
+            f"++task.affinity_weight={weight}",
+            "prompts.num_corrections=0",
+        )
+        return fit(training, [blobs]).gradients
+
+    taught, untaught = gradients(1.0), gradients(0.0)
+    names = [name for name in taught if "prompt_affinity.proj" in name]
+    assert names
+    assert all(taught[name].norm() > 2 * untaught[name].norm() for name in names)
+
+
 @pytest.mark.parametrize("box_prob", [0.0, 0.5, 1.0])
 def test_prompts_reach_the_model_in_the_input_frame(
     make_training: MakeTraining, blobs: ImageBatch, box_prob: float, monkeypatch: pytest.MonkeyPatch

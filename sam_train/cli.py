@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from sam_train import cli_arguments, cli_errors, config
+from sam_train import allocator, cli_arguments, cli_errors, config
 
 if TYPE_CHECKING:
     import lightning
@@ -46,6 +46,7 @@ def train(cfg: DictConfig) -> None:
     from sam_train.training import run_folder
 
     config.check_complete(cfg)
+    _prepare_host()
     _settle_run_dir(cfg)
     folder, plain = Path(cfg.run_dir), config.plain(cfg, resolve=False)
     state = run_folder.inspect(folder)
@@ -70,6 +71,7 @@ def evaluate(cfg: DictConfig) -> None:
     from sam_train.checkpoints.load import load_model
 
     config.check_complete(cfg)
+    _prepare_host()
     config.pin(cfg)
     source = config.instantiate(cfg.data.val)
     protocol = config.instantiate(cfg.protocol)
@@ -78,6 +80,13 @@ def evaluate(cfg: DictConfig) -> None:
     result = protocol.run(model, source, folder, checkpoint=str(cfg.checkpoint))
     _print_result(result)
     print(f"See {folder}")
+
+
+def _prepare_host() -> None:
+    import torch
+
+    if not torch.cuda.is_available():
+        allocator.keep_freed_memory()
 
 
 def _settle_run_dir(cfg: DictConfig) -> None:
@@ -96,8 +105,6 @@ def _build_training(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = config.instantiate(cfg.task)
-    if "model" in cfg:
-        module.model_config = config.plain(cfg.model, resolve=True)
     module.model_config = config.plain(cfg.model, resolve=True)  # travels in its checkpoints
     if weights is not None:
         from sam_train.checkpoints.load import load_weights

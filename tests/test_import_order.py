@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = (
     "structures",
     "config",
+    "allocator",
     "ops",
     "data",
     "prompts",

@@ -112,10 +112,7 @@ MOBILE_SAM = KeyTable(
 """MobileSAM's `vit_t`."""
 
 SAM_TRAIN = KeyTable(
-    tuple(
-        (part, f"model.{part}")
-        for part in ("image_encoder", "prompt_encoder", "mask_decoder", "prompt_affinity")
-    )
+    tuple((part, f"model.{part}") for part in ("image_encoder", "prompt_encoder", "mask_decoder"))
 )
 """This project's `.ckpt`, where the model is an attribute of the training module."""
 

@@ -87,7 +87,7 @@ def _checked_vit(model: Sam, form: str) -> Sam:
 def _check_prompts(model: Sam, form: str) -> None:
     parts = {
         "prompt_encoder.drawing": model.prompt_encoder.drawing,
-        "prompt_affinity": model.prompt_affinity,
+        "mask_decoder.first_guess": model.mask_decoder.first_guess,
     }
     for name, part in parts.items():
         if part is not None:

@@ -30,7 +30,7 @@ class MaskLoss:
     focal_gamma: float = 2.0
 
     def __call__(self, mask_logits: Tensor, gt_masks: Tensor) -> Tensor:
-        """Compares logits (P, M, h, w) with ground truth (P, h, w) bool: (P, M) float32."""
+        """Compares logits (P, M, h, w) with ground truth (P, h, w), bool or a share: (P, M) float32."""
         if mask_logits.shape[-2:] != gt_masks.shape[-2:]:
             raise ValueError(
                 "expected ground truth on the grid of the logits, "

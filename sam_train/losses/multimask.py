@@ -45,11 +45,17 @@ class InteractiveLoss:
     supervise_all_ious: bool = True
 
     def __call__(self, prediction: MaskPrediction, gt_masks: Tensor) -> AnswerLoss:
-        """Scores an answer on the grid of its logits; `gt_masks` is (P, h, w) bool."""
+        """Scores an answer on the grid of its logits.
+
+        Args:
+            prediction: P answers of M candidates.
+            gt_masks: (P, h, w) bool, or float: how much of each cell the mask covers.
+        """
         mask_losses = self.mask(prediction.low_res_masks, gt_masks)
         lowest = mask_losses.argmin(dim=1, keepdim=True)
         with torch.no_grad():
-            candidate_ious = mask_iou(prediction.low_res_masks > 0, gt_masks[:, None])
+            solid = gt_masks if gt_masks.dtype == torch.bool else gt_masks >= 0.5
+            candidate_ious = mask_iou(prediction.low_res_masks > 0, solid[:, None])
         iou_errors = (prediction.iou_predictions.float() - candidate_ious) ** 2
         if not self.supervise_all_ious:
             iou_errors = iou_errors.gather(1, lowest)

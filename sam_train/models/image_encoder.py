@@ -13,11 +13,12 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
-from sam_train.models.necks import FPNNeck, SimpleNeck
+from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
 
 
 class SamVitEncoder(nn.Module):
@@ -185,12 +186,14 @@ class TimmEncoder(nn.Module):
         pretrained: bool = False,
         fan_in_init: bool = False,
         grad_checkpointing: bool = False,
+        high_res_chans: int = 0,
         backbone: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check_img_size(img_size, max(stride, 16))
         self.img_size, self.stride = img_size, stride
         self.in_chans, self.out_chans = in_chans, out_chans
+        finest = stride // 2 if high_res_chans else stride
         build = partial(
             timm.create_model,
             name,
@@ -202,9 +205,11 @@ class TimmEncoder(nn.Module):
         )
         info: Any = build().feature_info
         # One level a stride, the deepest: a plain ViT gives the same stride for every block.
-        levels = {r: i for i, r in enumerate(info.reduction()) if stride <= r <= max_stride}
-        if stride not in levels:
-            raise ValueError(f"{name} has features at strides {info.reduction()}, not at {stride}")
+        levels = {r: i for i, r in enumerate(info.reduction()) if finest <= r <= max_stride}
+        if missing := {finest, stride} - levels.keys():
+            raise ValueError(
+                f"{name} has features at strides {info.reduction()}, not at {min(missing)}"
+            )
         self.backbone = build(out_indices=tuple(levels.values()))
         if grad_checkpointing:
             # Where timm only wraps the model, the wrapper does not pass this on.
@@ -213,10 +218,19 @@ class TimmEncoder(nn.Module):
             _start_biases_off_zero(self.backbone)
             if fan_in_init:
                 _start_at_fan_in(self.backbone)
-        self.neck = FPNNeck(self.backbone.feature_info.channels(), out_chans)
+        channels = self.backbone.feature_info.channels()
+        self.high_res_neck: HighResNeck | None = None
+        if high_res_chans:
+            self.high_res_neck = HighResNeck(channels[0], out_chans, high_res_chans)
+            channels = channels[1:]
+        self.neck = FPNNeck(channels, out_chans)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(N, in_chans, H, W) normalised images to (N, C, H / stride, W / stride)."""
+        """(N, in_chans, H, W) normalised images to (N, C, H / stride, W / stride).
+
+        With `high_res_chans`, C is `out_chans` and four times those, a 2x2 block of finer features to
+        each token.
+        """
         levels = [
             # Some timm backbones hand out channels-last features.
             level if level.shape[1] == c else level.permute(0, 3, 1, 2)
@@ -224,7 +238,11 @@ class TimmEncoder(nn.Module):
                 self.backbone(images), self.backbone.feature_info.channels(), strict=True
             )
         ]
-        return self.neck(levels)
+        if self.high_res_neck is None:
+            return self.neck(levels)
+        embedding = self.neck(levels[1:])
+        high_res = self.high_res_neck(levels[0], embedding)
+        return torch.cat([embedding, F.pixel_unshuffle(high_res, 2)], dim=1)
 
 
 def _size_arguments(name: str, img_size: int, pretrain_img_size: int) -> dict[str, Any]:

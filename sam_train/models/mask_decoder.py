@@ -2,13 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_train.models.common import MLP, LayerNorm2d, stride_two_deconv
+from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
 from sam_train.models.two_way_transformer import TwoWayTransformer
+from sam_train.structures import MaskPrediction
+
+
+class _Start(NamedTuple):
+    """What the transformer's answer is added to.
+
+    Attributes:
+        image_embeddings: (N, C, h, w).
+        sparse, dense: prompt embeddings, the guess read into the dense one.
+        high_res: (N, h, w, 4, C / 4) finer features of the image, for the upscaling.
+        masks: (P, M or 1, 4h, 4w) logits.
+        ious: (P, M or 1).
+    """
+
+    image_embeddings: Tensor
+    sparse: Tensor
+    dense: Tensor
+    high_res: Tensor
+    masks: Tensor
+    ious: Tensor
 
 
 class MaskDecoder(nn.Module):
@@ -20,6 +42,8 @@ class MaskDecoder(nn.Module):
         num_multimask_outputs: candidates for a single prompt (whole, part, subpart).
         iou_head_depth: layers of the head that predicts each mask's IoU.
         iou_head_hidden_dim: its inner width.
+        first_guess: if set, answers start from its guess or from the mask prompt, and the transformer
+            mends them; the published model has no such part.
     """
 
     def __init__(
@@ -30,6 +54,7 @@ class MaskDecoder(nn.Module):
         num_multimask_outputs: int = 3,
         iou_head_depth: int = 3,
         iou_head_hidden_dim: int = 256,
+        first_guess: FirstGuess | None = None,
     ) -> None:
         super().__init__()
         self.transformer_dim = transformer_dim
@@ -53,6 +78,20 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = MLP(
             transformer_dim, iou_head_hidden_dim, self.num_mask_tokens, num_layers=iou_head_depth
         )
+        self.first_guess = first_guess
+        if first_guess is not None:
+            if first_guess.num_candidates != num_multimask_outputs:
+                raise ValueError(
+                    f"the first guess has {first_guess.num_candidates} candidates, the decoder "
+                    f"{num_multimask_outputs}"
+                )
+            self.high_res_proj = nn.Linear(
+                first_guess.high_res_dim, transformer_dim // 4, bias=False
+            )
+            for mlp in (*self.output_hypernetworks_mlps, self.iou_prediction_head):
+                # Nothing is mended at the start.
+                nn.init.zeros_(mlp.layers[-1].weight)
+                nn.init.zeros_(mlp.layers[-1].bias)
 
     def forward(
         self,
@@ -78,13 +117,19 @@ class MaskDecoder(nn.Module):
             `num_multimask_outputs` or 1.
         """
         num_prompts = len(sparse_prompt_embeddings)
-        if image_index is not None:
-            image_embeddings = image_embeddings[image_index]
-        elif len(image_embeddings) != 1:
+        if image_index is None and len(image_embeddings) != 1:
             raise ValueError(
                 f"expected one image embedding for all prompts, got {len(image_embeddings)}: "
                 "say which image each prompt belongs to with image_index"
             )
+        start = None
+        if self.first_guess is not None:
+            start = self._start(
+                image_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings, image_index
+            )
+            image_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings = start[:3]
+        if image_index is not None:
+            image_embeddings = image_embeddings[image_index]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         tokens = torch.cat(
             [output_tokens.expand(num_prompts, -1, -1), sparse_prompt_embeddings], dim=1
@@ -92,10 +137,78 @@ class MaskDecoder(nn.Module):
         src = image_embeddings + dense_prompt_embeddings
         tokens, image_tokens = self.transformer(src, image_pe, tokens)
         wanted = slice(1, None) if multimask_output else slice(0, 1)
-        masks = self._masks(tokens, image_tokens.unflatten(1, src.shape[-2:]), wanted)
-        return masks, self.iou_prediction_head(tokens[:, 0])[:, wanted]
+        src, high_res = image_tokens.unflatten(1, src.shape[-2:]), None
+        if start is not None:
+            high_res = start.high_res if image_index is None else start.high_res[image_index]
+        masks = self._masks(tokens, src, wanted, high_res)
+        ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
+        if start is None:
+            return masks, ious
+        start_masks, start_ious = start.masks, start.ious
+        if not multimask_output and start_masks.shape[1] > 1:
+            best = start_ious.argmax(dim=1, keepdim=True)
+            start_ious = start_ious.gather(1, best)
+            start_masks = start_masks.take_along_dim(best[..., None, None], dim=1)
+        return start_masks + masks, start_ious + ious
 
-    def _masks(self, tokens: Tensor, src: Tensor, wanted: slice) -> Tensor:
+    def guess(
+        self, image_embeddings: Tensor, frame: PromptFrame, image_index: Tensor | None
+    ) -> MaskPrediction:
+        """The first guess by itself, at half the resolution of the answers.
+
+        Args:
+            image_embeddings: (N, C + 4F, h, w), as the encoder gives them.
+            frame: of P prompts.
+            image_index: (P,) the image each prompt belongs to; None where there is one image.
+        """
+        assert self.first_guess is not None
+        embeddings, high_res = self._unfold(image_embeddings, self.first_guess)
+        cells = high_res.unflatten(3, (2, 2)).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).flatten(1, 2)
+        if image_index is None:
+            image_index = torch.zeros(len(frame.sign), dtype=torch.long, device=cells.device)
+        return self.first_guess(embeddings, cells, frame, image_index)
+
+    def _unfold(self, image_embeddings: Tensor, part: FirstGuess) -> tuple[Tensor, Tensor]:
+        """(N, C + 4F, h, w) to the embedding (N, C, h, w) and fine features (N, h, w, 4, F)."""
+        expected = part.embed_dim + 4 * part.high_res_dim
+        if image_embeddings.shape[1] != expected:
+            raise ValueError(
+                f"the first guess needs embeddings of {expected} channels, got "
+                f"{image_embeddings.shape[1]}; image_encoder.high_res_chans is {part.high_res_dim} then"
+            )
+        embeddings, folded = image_embeddings.split([part.embed_dim, 4 * part.high_res_dim], dim=1)
+        return embeddings, folded.unflatten(1, (-1, 4)).permute(0, 3, 4, 2, 1)
+
+    def _start(
+        self, image_embeddings: Tensor, sparse: Tensor, dense: Tensor, image_index: Tensor | None
+    ) -> _Start:
+        """Guesses, and takes the numbers that came with the prompt embeddings off them again."""
+        part = self.first_guess
+        assert part is not None
+        frame = PromptFrame.from_token(sparse[:, -1:])
+        guess = self.guess(image_embeddings, frame, image_index)
+        embeddings, high_res = self._unfold(image_embeddings, part)
+        dense, folded = dense[:, : part.embed_dim], dense[:, part.embed_dim :]
+        if folded.shape[1]:
+            logits = F.pixel_shuffle(folded, int(folded.shape[1] ** 0.5))
+            # Softly bounded, so that what was sure before can be taken back.
+            masks = SOFT_LOGIT * torch.tanh(logits / SOFT_LOGIT)
+            ious = masks.new_zeros(len(masks), 1)
+        else:
+            masks = F.interpolate(
+                guess.low_res_masks, scale_factor=2, mode="bilinear", align_corners=False
+            )
+            ious = guess.iou_predictions
+        return _Start(
+            embeddings,
+            sparse[:, :-1],
+            dense + part.as_dense(guess, frame.sign),
+            self.high_res_proj(high_res),
+            masks,
+            ious,
+        )
+
+    def _masks(self, tokens: Tensor, src: Tensor, wanted: slice, high_res: Tensor | None) -> Tensor:
         """Mask tokens (P, T, C) and image tokens (P, h, w, C) to logits (P, M, 4h, 4w)."""
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
         filters = torch.stack(
@@ -109,7 +222,10 @@ class MaskDecoder(nn.Module):
         )[:, wanted]
         layers: list[Any] = list(self.output_upscaling)
         upscale1, norm, act1, upscale2, act2 = layers
-        x = act1(norm.over_last(stride_two_deconv(upscale1, src)))
+        x = stride_two_deconv(upscale1, src)
+        if high_res is not None:
+            x = x + high_res
+        x = act1(norm.over_last(x))
         x = act2(stride_two_deconv(upscale2, x))
         # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the
         # masks, which are far smaller, are put in order.

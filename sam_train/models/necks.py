@@ -57,3 +57,28 @@ class FPNNeck(nn.Module):
                 size = here.shape[-2:]
                 merged = here + F.interpolate(merged, size, mode="bilinear", align_corners=False)
         return self.mix(merged)
+
+
+class HighResNeck(nn.Module):
+    """Features of half the embedding's stride, for masks with sharper borders (as in SAM 2's decoder).
+
+    Args:
+        in_chans: channels of the backbone's level at that stride.
+        embed_dim: channels of the embedding, which tells what the fine level cannot see.
+        out_chans: channels of the result.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, out_chans: int) -> None:
+        super().__init__()
+        self.lateral = nn.Sequential(
+            nn.Conv2d(in_chans, out_chans, kernel_size=1, bias=False), LayerNorm2d(out_chans)
+        )
+        self.from_embedding = nn.Conv2d(embed_dim, out_chans, kernel_size=1)
+        self.mix = nn.Conv2d(out_chans, out_chans, kernel_size=3, padding=1)
+
+    def forward(self, level: Tensor, embedding: Tensor) -> Tensor:
+        """(N, C', 2h, 2w) and (N, C, h, w) to (N, F, 2h, 2w)."""
+        coarse = self.from_embedding(F.gelu(embedding))
+        size = level.shape[-2:]
+        coarse = F.interpolate(coarse, size, mode="bilinear", align_corners=False)
+        return F.gelu(self.mix(F.gelu(self.lateral(level) + coarse)))

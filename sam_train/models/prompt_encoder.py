@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_train.models.common import Downscaling
+from sam_train.models.first_guess import PromptFrame
 from sam_train.models.position_encoding import PositionEmbeddingRandom
 from sam_train.models.prompt_drawing import PromptDrawing
 from sam_train.structures import BOX_BOTTOM_RIGHT, BOX_TOP_LEFT, PADDING, Prompts
@@ -41,6 +43,9 @@ class PromptEncoder(nn.Module):
         self.no_mask_embed = nn.Embedding(1, embed_dim)
         self.mask_downscaling = Downscaling(1, mask_in_chans, embed_dim)
         self.drawing = drawing
+        self.feeds_guess = False
+        """Set by `Sam` for a decoder with a first guess: hands it the prompts' numbers along with the
+        embeddings, the newest prompt as a last token and the mask prompt as last dense channels."""
 
     def set_image_size(
         self, input_image_size: tuple[int, int], image_embedding_size: tuple[int, int]
@@ -102,7 +107,8 @@ class PromptEncoder(nn.Module):
         """Embeds `Prompts` of the model input frame; nothing is added to them.
 
         Returns:
-            Sparse embeddings (P, N, C) and dense embeddings (P, C, h, w).
+            Sparse embeddings (P, N, C) and dense embeddings (P, C, h, w); more of both if
+            `feeds_guess`.
         """
         coords, labels, masks = prompts
         sparse = self.embed_points(coords, labels)
@@ -110,6 +116,12 @@ class PromptEncoder(nn.Module):
         if self.drawing is not None:
             grid, pixels = self.mask_input_size, self.input_image_size
             dense = dense + self.drawing(coords, labels, grid, pixels)
+        if self.feeds_guess:
+            frame = PromptFrame.of_prompts(coords, labels, self.input_image_size)
+            sparse = torch.cat([sparse, frame.as_token(self.embed_dim).to(sparse.dtype)], dim=1)
+            if masks is not None:
+                logits = F.pixel_unshuffle(masks, self.mask_input_size[0] // dense.shape[-2])
+                dense = torch.cat([dense, logits.to(dense.dtype)], dim=1)
         return sparse, dense
 
     def embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.first_guess import PromptFrame
 from sam_train.models.mask_decoder import MaskDecoder
-from sam_train.models.prompt_affinity import PromptAffinity
 from sam_train.models.prompt_encoder import PromptEncoder
 from sam_train.structures import ImageFeatures, MaskPrediction, Prompts
 
@@ -25,8 +25,6 @@ class Sam(nn.Module):
         image_encoder: images to embeddings; has `img_size`, `stride`, `in_chans` and `out_chans`.
         prompt_encoder: prompts to embeddings.
         mask_decoder: both to masks.
-        prompt_affinity: if set, the dense prompt embedding also says what looks like the prompted part of
-            the image; the published model has no such part.
         pixel_mean: of each input channel, on the scale of 0 to 255.
         pixel_std: likewise.
         compile_encoder: run the image encoder through `torch.compile`.
@@ -45,7 +43,6 @@ class Sam(nn.Module):
         image_encoder: Any,
         prompt_encoder: PromptEncoder,
         mask_decoder: MaskDecoder,
-        prompt_affinity: PromptAffinity | None = None,
         pixel_mean: Sequence[float] = SAM_PIXEL_MEAN,
         pixel_std: Sequence[float] = SAM_PIXEL_STD,
         compile_encoder: bool = False,
@@ -54,9 +51,8 @@ class Sam(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
-        self.prompt_affinity = prompt_affinity
-        side, tokens = image_encoder.img_size, image_encoder.img_size // image_encoder.stride
-        prompt_encoder.set_image_size((side, side), (tokens, tokens))
+        prompt_encoder.feeds_guess = mask_decoder.first_guess is not None
+        self.set_img_size(image_encoder.img_size)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             if len(values) != image_encoder.in_chans:
                 raise ValueError(
@@ -67,6 +63,15 @@ class Sam(nn.Module):
         if compile_encoder:
             # In place, so that the weights keep their names.
             self.image_encoder.compile()
+
+    def set_img_size(self, img_size: int) -> None:
+        """Takes square inputs of this side from now on, pixels; the weights stay as they are."""
+        stride = self.image_encoder.stride
+        if img_size % stride:
+            raise ValueError(f"img_size must be a multiple of the stride {stride}, got {img_size}")
+        self.image_encoder.img_size = img_size
+        tokens = img_size // stride
+        self.prompt_encoder.set_image_size((img_size, img_size), (tokens, tokens))
 
     @property
     def device(self) -> torch.device:
@@ -114,14 +119,6 @@ class Sam(nn.Module):
             multimask_output: three candidates a prompt, else one.
         """
         sparse, dense = self.prompt_encoder.embed(prompts)
-        if self.prompt_affinity is not None:
-            dense = dense + self.prompt_affinity(
-                features.image_embeddings,
-                prompts.point_coords,
-                prompts.point_labels,
-                image_index,
-                self.prompt_encoder.input_image_size,
-            )
         low_res_masks, iou_predictions = self.mask_decoder(
             image_embeddings=features.image_embeddings,
             image_pe=self.prompt_encoder.get_dense_pe(),
@@ -131,6 +128,24 @@ class Sam(nn.Module):
             image_index=image_index,
         )
         return MaskPrediction(low_res_masks, iou_predictions)
+
+    def guess(
+        self, features: ImageFeatures, prompts: Prompts, *, image_index: Tensor | None = None
+    ) -> MaskPrediction:
+        """The decoder's first guess at P prompts, without its transformer: far cheaper than `decode`.
+
+        Args:
+            features: of N images; of one where `image_index` is None.
+            prompts: model input frame; the newest one counts.
+            image_index: (P,) the image each prompt belongs to.
+
+        Returns:
+            Masks at half the resolution of `decode`'s.
+        """
+        frame = PromptFrame.of_prompts(
+            prompts.point_coords, prompts.point_labels, self.prompt_encoder.input_image_size
+        )
+        return self.mask_decoder.guess(features.image_embeddings, frame, image_index)
 
     def postprocess_masks(
         self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]

@@ -106,6 +106,10 @@ class PromptDraws:
         """The numbers of the pass with this index."""
         return PassDraws(_absorb(self.state, torch.full_like(self.state, index)))
 
+    def variant(self, index: int) -> PromptDraws:
+        """Other draws for the same masks, as if their images had other seeds."""
+        return PromptDraws(_absorb(self.state, torch.full_like(self.state, ~index)))
+
     def select(self, rows: Tensor) -> PromptDraws:
         """The draws of some of the masks: an index (n,) or a mask (P,)."""
         return PromptDraws(self.state[rows])

@@ -82,6 +82,8 @@ class PromptSimulator:
             the grid by its longest side.
         click_sampling: `uniform` within the error (training), or the `center` of the larger error (the
             evaluation protocols).
+        center_prob: with `uniform`, probability that a click is at the center all the same, where people
+            like to click and the evaluation does.
         exclude_clicked: never click a pixel twice (RITM's rule; SAM 2's has none).
         corrections_from_gt: probability that a corrective click is drawn from the whole object, as if
             nothing had been predicted (SAM 2).
@@ -96,13 +98,14 @@ class PromptSimulator:
     box_noise: float = 0.1
     max_box_noise_px: float = 20.0
     click_sampling: Literal["uniform", "center"] = "uniform"
+    center_prob: float = 0.0
     exclude_clicked: bool = False
     corrections_from_gt: float = 0.0
     num_corrections: int = 8
     num_extra_passes: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("mask_prob", "box_prob", "corrections_from_gt"):
+        for name in ("mask_prob", "box_prob", "center_prob", "corrections_from_gt"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a probability in [0, 1], got {getattr(self, name)}")
         for name in ("box_noise", "max_box_noise_px", "num_corrections", "num_extra_passes"):
@@ -252,7 +255,18 @@ class PromptSimulator:
             pred_masks = pred_masks & ~forgets
         if self.click_sampling == "center":
             return center_click(gt_masks, pred_masks, exclude)
-        return uniform_click(gt_masks, pred_masks, draws.uniform(1)[:, 0], exclude)
+        anywhere = uniform_click(gt_masks, pred_masks, draws.uniform(1)[:, 0], exclude)
+        if self.center_prob == 0:
+            return anywhere
+        is_center = draws.uniform(1)[:, 0] < self.center_prob
+        centers = center_click(
+            gt_masks[is_center],
+            None if pred_masks is None else pred_masks[is_center],
+            None if exclude is None else exclude[is_center],
+        )
+        coords, labels = anywhere.coords.clone(), anywhere.labels.clone()
+        coords[is_center], labels[is_center] = centers.coords, centers.labels
+        return Clicks(coords, labels)
 
     def _jitter(self, boxes: Tensor, draws: PassDraws, size: tuple[int, int]) -> Tensor:
         limit_px = self.max_box_noise_px * max(size) / REFERENCE_SIDE_PX

@@ -7,16 +7,13 @@ from typing import Any
 
 import lightning
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.data.source import sample_seed
-from sam_train.losses.affinity import affinity_loss
 from sam_train.losses.multimask import InteractiveLoss
 from sam_train.metrics.click_rollout import click_rollout
 from sam_train.metrics.clicks import ClickMetrics
-from sam_train.models.prompt_affinity import PromptAffinity
 from sam_train.models.sam import Sam
 from sam_train.ops.coords import boxes_to_grid, prompts_to_input
 from sam_train.prompts.draws import PromptDraws
@@ -29,9 +26,10 @@ from sam_train.structures import (
     MaskPrediction,
     Prompts,
 )
+from sam_train.training.first_guess import GuessTeaching, halve, select_masks
 from sam_train.training.optim import AdamW
 
-SOMETIMES_LEFT_OUT = re.compile(r"no_mask_embed|mask_downscaling|k_proj\.bias")
+SOMETIMES_LEFT_OUT = re.compile(r"no_mask_embed|mask_downscaling|first_guess\.ious|k_proj\.bias")
 """Names of weights that a batch may not ask for: with or without a mask to begin with, and what a
 softmax takes out again."""
 
@@ -48,8 +46,8 @@ class InteractiveTraining(lightning.LightningModule):
         val_prompts: plays the annotator in validation, at original resolution.
         loss: of one answer.
         optim: builds the optimiser and knows the schedule.
-        affinity_weight: of the loss that teaches `prompt_affinity` which image tokens belong together, a
-            mean over images; where the model has that part.
+        first_guess: teaches the decoder's first guess with more prompts, where the model has one.
+        half_size_share: share of the run, from its start, that trains on images of half the size.
         seed: of the order of the passes.
     """
 
@@ -61,16 +59,22 @@ class InteractiveTraining(lightning.LightningModule):
         val_prompts: PromptSimulator,
         loss: InteractiveLoss,
         optim: AdamW,
-        affinity_weight: float = 1.0,
+        first_guess: GuessTeaching | None = None,
+        half_size_share: float = 0.0,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= half_size_share <= 1:
+            raise ValueError(f"half_size_share is in [0, 1], got {half_size_share}")
+        if first_guess is not None and model.mask_decoder.first_guess is None:
+            first_guess = None  # the published form of the model, with a recipe made for the other
         self.model = model
         self.prompts = prompts
         self.val_prompts = val_prompts
         self.loss = loss
         self.optim = optim
-        self.affinity_weight = affinity_weight
+        self.first_guess = first_guess
+        self.half_size_share = half_size_share
         self.seed = seed
         self.model_config: dict[str, Any] | None = None
         """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
@@ -83,7 +87,41 @@ class InteractiveTraining(lightning.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Plays all passes on a batch; returns the loss, a mean over masks and passes."""
+        if self.half_size_share > 0 and self._progress_of_all() < self.half_size_share:
+            full_size = self.model.image_encoder.img_size
+            self.model.set_img_size(full_size // 2)
+            try:
+                loss = self._loss(halve(batch))
+            finally:
+                self.model.set_img_size(full_size)
+        else:
+            loss = self._loss(batch)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
+                f"{', '.join(batch.keys)}: lower optim.lr, or train in trainer.precision=32-true"
+            )
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        return loss
+
+    def _loss(self, batch: ImageBatch) -> Tensor:
         features = self.model.encode(batch.images, batch.input_sizes)
+        counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
+        draws = PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device)
+        if self.first_guess is None:
+            return self._played_loss(features, batch, draws)
+        guesses = self.first_guess.loss(self.model, features, batch, draws, self.loss)
+        guess_loss = guesses.sum() / self._mean_over_ranks(len(guesses))
+        self.log("train/guess_loss", guess_loss.detach())
+        rows = self.first_guess.played(batch, draws)
+        played = self._played_loss(features, select_masks(batch, rows), draws.select(rows))
+        return played + self.first_guess.weight * guess_loss
+
+    def _played_loss(
+        self, features: ImageFeatures, batch: ImageBatch, draws: PromptDraws
+    ) -> Tensor:
+        """Plays all passes on the masks of a batch; a mean over masks and passes."""
         stride = self.model.image_encoder.img_size / batch.masks.shape[-1]
 
         def decode(prompts: Prompts, multimask_output: bool) -> MaskPrediction:
@@ -96,13 +134,12 @@ class InteractiveTraining(lightning.LightningModule):
 
         # What is predicted on the padding is no error that anyone would click on.
         inside = cells_inside(batch, stride)[batch.image_index]
-        counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
         plan = self.prompts.plan(self._plan_generator())
         rollout = self.prompts.rollout(
             decode,
             batch.masks,
             boxes_to_grid(batch.boxes, stride),
-            PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device),
+            draws,
             plan,
             to_masks=lambda logits: (logits > 0) & inside,
         )
@@ -112,19 +149,7 @@ class InteractiveTraining(lightning.LightningModule):
             answer = self.loss(interaction.prediction, batch.masks)
             total = total + answer.total.sum() * share
             self._log_answer(interaction, answer.candidate_ious, answer.mask)
-        loss = total / len(plan.new_prompt) + self._nothing_left_out()
-        if self.model.prompt_affinity is not None and self.affinity_weight > 0:
-            affinity = self._affinity(self.model.prompt_affinity, features, batch)
-            self.log("train/affinity_loss", affinity.detach())
-            loss = loss + self.affinity_weight * affinity
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
-                f"{', '.join(batch.keys)}: lower optim.lr, or train in trainer.precision=32-true"
-            )
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
-        return loss
+        return total / len(plan.new_prompt) + self._nothing_left_out()
 
     def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
         """Clicks through the masks of one image."""
@@ -210,26 +235,6 @@ class InteractiveTraining(lightning.LightningModule):
         """The same on all ranks, so that all run the same passes."""
         batch_number = self.trainer.fit_loop.total_batch_idx if self._trainer is not None else 0
         return torch.Generator().manual_seed(sample_seed(self.seed, batch_number, "plan"))
-
-    def _affinity(
-        self, affinity: PromptAffinity, features: ImageFeatures, batch: ImageBatch
-    ) -> Tensor:
-        """What the drawn masks say about which tokens belong together."""
-        codes = affinity.codes(features.image_embeddings)
-        h, w = features.image_embeddings.shape[-2:]
-        covered = F.adaptive_avg_pool2d(batch.masks.float(), (h, w)).flatten(1)
-        # A mask too small to fill half a token lies in the one that it fills most.
-        members = (covered > 0) & (covered >= covered.amax(dim=1, keepdim=True).clamp(max=0.5))
-        token = torch.arange(h * w, device=covered.device)
-        is_black = (token // w + token % w) % 2
-        losses = []
-        for i, seed in enumerate(batch.seeds):
-            # One colour of a chessboard, the other one the next time: a quarter of the pairs.
-            picked = is_black == seed % 2
-            of_image = codes[i, picked]
-            logits = affinity.logits(of_image, of_image)
-            losses.append(affinity_loss(logits, members[batch.image_index == i][:, picked]))
-        return torch.stack(losses).sum() / self._mean_over_ranks(len(losses))
 
     def _mean_over_ranks(self, count: int) -> float:
         """The mean of a count over all ranks, 1 at least: gradients are averaged over them afterwards."""

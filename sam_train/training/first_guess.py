@@ -1,0 +1,103 @@
+"""Teaches the first guess: many first prompts a mask, for little more than the price of the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sam_train.losses.multimask import InteractiveLoss
+from sam_train.models.sam import Sam
+from sam_train.ops.coords import boxes_to_grid, prompts_to_input
+from sam_train.prompts.draws import PromptDraws
+from sam_train.prompts.simulator import PromptSimulator
+from sam_train.structures import ImageBatch, ImageFeatures, Prompts
+
+DRAWS_OF_GUESSES = 1000
+"""Draws from here on are of guesses: none has the numbers of the passes that are played."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuessTeaching:
+    """How the decoder's first guess is taught beside the passes that are played.
+
+    Attributes:
+        prompts: gives first prompts; nothing is corrected here.
+        prompts_per_mask: guesses at each mask in a step.
+        played_per_image: masks of each image that also go through all passes, transformer and all; None
+            plays every one. The guess takes the rest of a crowded image for a few milliseconds.
+        weight: of this loss beside that of the passes.
+    """
+
+    prompts: PromptSimulator
+    prompts_per_mask: int = 4
+    played_per_image: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_mask < 1 or (self.played_per_image or 1) < 1 or self.weight < 0:
+            raise ValueError(
+                "expected prompts_per_mask >= 1, played_per_image >= 1 or null and weight >= 0, got "
+                f"{self.prompts_per_mask}, {self.played_per_image} and {self.weight}"
+            )
+
+    def played(self, batch: ImageBatch, draws: PromptDraws) -> Tensor:
+        """Rows of the masks that go through all passes: (R,) int64, drawn per image."""
+        rows = torch.arange(len(batch.masks), device=batch.masks.device)
+        if self.played_per_image is None:
+            return rows
+        numbers = draws.variant(DRAWS_OF_GUESSES).for_pass(0).uniform(1)[:, 0]
+        is_before = (numbers[:, None] > numbers) & (batch.image_index[:, None] == batch.image_index)
+        return rows[is_before.sum(dim=1) < self.played_per_image]
+
+    def loss(
+        self,
+        model: Sam,
+        features: ImageFeatures,
+        batch: ImageBatch,
+        draws: PromptDraws,
+        loss: InteractiveLoss,
+    ) -> Tensor:
+        """The losses of all guesses at all masks of the batch: (P * prompts_per_mask,)."""
+        stride = model.image_encoder.img_size / batch.masks.shape[-1]
+        boxes = boxes_to_grid(batch.boxes, stride)
+        prompts = [
+            self.prompts.first_prompts(batch.masks, boxes, draws.variant(DRAWS_OF_GUESSES + 1 + i))
+            for i in range(self.prompts_per_mask)
+        ]
+        coords = torch.cat([prompt.point_coords for prompt in prompts])
+        labels = torch.cat([prompt.point_labels for prompt in prompts])
+        guess = model.guess(
+            features,
+            prompts_to_input(Prompts(coords, labels), stride),
+            image_index=batch.image_index.repeat(self.prompts_per_mask),
+        )
+        # How much of each of the guess's larger cells the mask covers.
+        side = guess.low_res_masks.shape[-1]
+        covered = F.adaptive_avg_pool2d(batch.masks.float(), (side, side))
+        return loss(guess, covered.repeat(self.prompts_per_mask, 1, 1)).total
+
+
+def halve(batch: ImageBatch) -> ImageBatch:
+    """The same batch at half the size: a quarter of the work, for the time when shapes are still coarse.
+
+    Cells of the mask grid are kept where they are covered at least half as much as the mask's best
+    covered cell, as `ToSample` keeps them.
+    """
+    covered = F.avg_pool2d(batch.masks.float()[:, None], 2)[:, 0]
+    best = covered.flatten(1).amax(dim=1)[:, None, None]
+    return batch._replace(
+        images=F.avg_pool2d(batch.images.float(), 2),
+        input_sizes=(batch.input_sizes + 1) // 2,
+        masks=(covered >= best / 2) & (best > 0),
+        boxes=batch.boxes / 2,
+    )
+
+
+def select_masks(batch: ImageBatch, rows: Tensor) -> ImageBatch:
+    """The batch with some of its masks."""
+    return batch._replace(
+        masks=batch.masks[rows], boxes=batch.boxes[rows], image_index=batch.image_index[rows]
+    )

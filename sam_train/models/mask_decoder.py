@@ -89,9 +89,10 @@ class MaskDecoder(nn.Module):
                 first_guess.high_res_dim, transformer_dim // 4, bias=False
             )
             for mlp in (*self.output_hypernetworks_mlps, self.iou_prediction_head):
-                # Nothing is mended at the start.
-                nn.init.zeros_(mlp.layers[-1].weight)
-                nn.init.zeros_(mlp.layers[-1].bias)
+                # Next to nothing is mended at the start.
+                last = mlp.layers[-1]
+                nn.init.normal_(last.weight, std=0.1 * last.in_features**-0.5)
+                nn.init.zeros_(last.bias)
 
     def forward(
         self,

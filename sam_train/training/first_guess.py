@@ -37,7 +37,8 @@ class GuessTeaching:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.prompts_per_mask < 1 or (self.played_per_image or 1) < 1 or self.weight < 0:
+        per_image = 1 if self.played_per_image is None else self.played_per_image
+        if self.prompts_per_mask < 1 or per_image < 1 or self.weight < 0:
             raise ValueError(
                 "expected prompts_per_mask >= 1, played_per_image >= 1 or null and weight >= 0, got "
                 f"{self.prompts_per_mask}, {self.played_per_image} and {self.weight}"

@@ -87,15 +87,7 @@ class InteractiveTraining(lightning.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Plays all passes on a batch; returns the loss, a mean over masks and passes."""
-        if self.half_size_share > 0 and self._progress_of_all() < self.half_size_share:
-            full_size = self.model.image_encoder.img_size
-            self.model.set_img_size(full_size // 2)
-            try:
-                loss = self._loss(halve(batch))
-            finally:
-                self.model.set_img_size(full_size)
-        else:
-            loss = self._loss(batch)
+        loss = self._at_current_size(batch)
         if not torch.isfinite(loss):
             raise FloatingPointError(
                 f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
@@ -104,6 +96,16 @@ class InteractiveTraining(lightning.LightningModule):
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
+
+    def _at_current_size(self, batch: ImageBatch) -> Tensor:
+        if self.half_size_share == 0 or self._progress_of_all() >= self.half_size_share:
+            return self._loss(batch)
+        full_size = self.model.image_encoder.img_size
+        self.model.set_img_size(full_size // 2)
+        try:
+            return self._loss(halve(batch))
+        finally:
+            self.model.set_img_size(full_size)
 
     def _loss(self, batch: ImageBatch) -> Tensor:
         features = self.model.encode(batch.images, batch.input_sizes)

@@ -123,3 +123,20 @@ def test_mixed_precision_gives_a_float32_loss(two_objects: tuple[MaskPrediction,
         assert got.dtype == torch.float32
         assert torch.equal(got, expected)
     assert all(part.dtype == torch.float32 for part in of_rounded)
+
+
+def test_ground_truth_may_be_the_covered_share_of_each_cell() -> None:
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(3, 8, 8, generator=generator) > 0.5
+    prediction = MaskPrediction(
+        torch.randn(3, 2, 8, 8, generator=generator), torch.rand(3, 2, generator=generator)
+    )
+    loss = InteractiveLoss()
+    for whole, share in zip(loss(prediction, masks), loss(prediction, masks.float()), strict=True):
+        torch.testing.assert_close(whole, share)
+
+    half = torch.full((3, 8, 8), 0.5)
+    unsure, sure = (
+        loss.mask(torch.full((3, 1, 8, 8), logit), half).mean().item() for logit in (0.0, 9.0)
+    )
+    assert unsure < sure, "half a cell is best answered with one half"

@@ -196,3 +196,26 @@ def test_a_plain_vit_runs_at_another_size_than_its_positions():
     encoder = build(img_size=128, pretrain_img_size=64)
     encoder.load_state_dict(stored.state_dict())
     assert encoder(torch.randn(1, 3, 128, 128)).shape == (1, 8, 8, 8)
+
+
+def test_fine_features_travel_in_the_channels_of_the_embedding() -> None:
+    torch.manual_seed(0)
+    encoder = TimmEncoder(
+        name="convnext_atto", img_size=64, stride=8, out_chans=16, high_res_chans=4
+    )
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        embedding = encoder(images)
+        levels = encoder.backbone(images)
+        coarse = encoder.neck(levels[1:])
+        fine = encoder.high_res_neck(levels[0], coarse)
+
+    assert embedding.shape == (2, 16 + 4 * 4, 8, 8)
+    assert fine.shape == (2, 4, 16, 16)
+    assert torch.equal(embedding[:, :16], coarse)
+    assert torch.equal(torch.nn.functional.pixel_shuffle(embedding[:, 16:], 2), fine)
+
+
+def test_fine_features_need_a_level_of_half_the_stride() -> None:
+    with pytest.raises(ValueError, match=r"features at strides .*, not at 2"):
+        TimmEncoder(name="convnext_atto", img_size=64, stride=4, high_res_chans=4)

@@ -82,3 +82,13 @@ def test_selected_masks_keep_their_numbers():
 def test_seeds_and_counts_must_match():
     with pytest.raises(ValueError, match="a seed per image, got 2 for 1 images"):
         PromptDraws.from_seeds([1, 2], [3])
+
+
+def test_variants_draw_other_numbers_for_the_same_masks() -> None:
+    draws = PromptDraws.from_seeds([5, 6], [2, 1])
+    numbers = [draws.for_pass(0).uniform(2)]
+    numbers += [draws.variant(i).for_pass(0).uniform(2) for i in range(3)]
+    assert len(torch.unique(torch.cat(numbers))) == 4 * 3 * 2
+    assert torch.equal(draws.variant(1).for_pass(0).uniform(2), numbers[2])
+    alone = PromptDraws.from_seeds([6], [1]).variant(1).for_pass(0).uniform(2)
+    assert torch.equal(alone, numbers[2][2:]), "whatever else is in the batch"

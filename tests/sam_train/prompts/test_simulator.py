@@ -337,3 +337,30 @@ def test_the_published_policies_are_configs_of_the_one_class():
     assert medsam.plan(torch.Generator()) == Plan((True,))
     assert clicks.num_corrections + 1 == 20
     assert (clicks.click_sampling, clicks.exclude_clicked) == ("center", True)
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+def test_some_clicks_are_at_the_center(corrected: bool) -> None:
+    gt_masks = objects(400)
+    pred_masks = torch.zeros_like(gt_masks) if corrected else None
+    draws = PromptDraws.from_seeds([3], [400])
+    of_center, of_both = (
+        PromptSimulator(center_prob=prob).click(gt_masks, pred_masks, None, draws.for_pass(0))
+        for prob in (1.0, 0.3)
+    )
+    anywhere = PromptSimulator().click(gt_masks, pred_masks, None, draws.for_pass(0))
+
+    expected = PromptSimulator(click_sampling="center").click(
+        gt_masks, pred_masks, None, draws.for_pass(0)
+    )
+    assert torch.equal(of_center.coords, expected.coords)
+    assert torch.equal(of_center.labels, expected.labels)
+    is_center = (of_both.coords == expected.coords).all(dim=1)
+    is_anywhere = (of_both.coords == anywhere.coords).all(dim=1)
+    assert (is_center | is_anywhere).all()
+    assert is_center.float().mean() == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_share_of_center_clicks_is_a_probability() -> None:
+    with pytest.raises(ValueError, match="center_prob is a probability"):
+        PromptSimulator(center_prob=1.5)

@@ -33,6 +33,7 @@ TOY = [
     "trainer.accelerator=cpu",
     "trainer.devices=1",
     "trainer.log_every_n_steps=1",
+    "trainer.gradient_clip_val=0.1",
     "callbacks.report.num_pictures=0",
 ]
 """Overrides of the train configuration."""

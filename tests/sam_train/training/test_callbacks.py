@@ -188,7 +188,7 @@ def test_gradient_norms_are_logged_by_part_and_unclipped(finished: Path) -> None
     assert sorted(total) == list(range(6))
     for step, value in total.items():
         assert value == pytest.approx(math.hypot(*(norm[step] for norm in norms)), rel=1e-4)
-    assert max(total.values()) > 1.5, "clipping is at 1"
+    assert min(total.values()) > 0.11, "clipping is at 0.1"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

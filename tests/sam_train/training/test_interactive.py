@@ -104,6 +104,8 @@ def test_a_batch_is_learnt_by_heart(make_training: MakeTraining, blobs: ImageBat
         ["++prompts.mask_prob=0.5", "prompts.num_corrections=2"],
         ["prompts.box_prob=1.0", "prompts.num_corrections=0"],
         ["prompts.num_corrections=3", "prompts.num_extra_passes=2"],
+        ["task=from_scratch"],
+        ["task=from_scratch", "task.half_size_share=0", "++prompts.mask_prob=1.0"],
         ["model.image_encoder.img_size=128"],
     ],
 )
@@ -140,23 +142,17 @@ def test_every_part_learns(make_training: MakeTraining, blobs: ImageBatch) -> No
     assert not [name for name in silent if not any(part in name for part in excused)]
 
 
-def test_the_affinity_is_taught_beside_the_answers(
+def test_the_guess_is_taught_beside_the_answers(
     make_training: MakeTraining, blobs: ImageBatch
 ) -> None:
-    node = "{_target_: sam_train.models.prompt_affinity.PromptAffinity, embed_dim: 32}"
+    def logged(*overrides: str) -> dict[str, float]:
+        return fit(make_training(*overrides), [blobs]).logged[0]
 
-    def gradients(weight: float) -> dict[str, Tensor]:
-        training = make_training(
-            f"model.prompt_affinity={node}",
-            f"++task.affinity_weight={weight}",
-            "prompts.num_corrections=0",
-        )
-        return fit(training, [blobs]).gradients
-
-    taught, untaught = gradients(1.0), gradients(0.0)
-    names = [name for name in taught if "prompt_affinity.proj" in name]
-    assert names
-    assert all(taught[name].norm() > 2 * untaught[name].norm() for name in names)
+    taught, untaught = logged("task=from_scratch", "task.half_size_share=0"), logged()
+    assert "train/guess_loss" not in untaught
+    played = taught["train/loss"] - taught["train/guess_loss"]
+    assert played > 0
+    assert taught["train/guess_loss"] > 0
 
 
 @pytest.mark.parametrize("box_prob", [0.0, 0.5, 1.0])

@@ -165,6 +165,8 @@ class TimmEncoder(nn.Module):
             default.
         max_stride: backbone levels coarser than this are left out.
         pretrained: timm's weights, downloaded or from its cache.
+        high_res_chans: channels of finer features, of half the stride, that travel with the embedding for
+            a decoder with a first guess; 0 for none.
         fan_in_init: without pretrained weights, start every layer at a standard deviation of
             fan_in ** -0.5 and not as timm does: ConvNeXt's 0.02 leaves narrow layers all but linear.
         backbone: further arguments of the timm model.
@@ -193,6 +195,7 @@ class TimmEncoder(nn.Module):
         _check_img_size(img_size, max(stride, 16))
         self.img_size, self.stride = img_size, stride
         self.in_chans, self.out_chans = in_chans, out_chans
+        self.high_res_chans = high_res_chans
         finest = stride // 2 if high_res_chans else stride
         build = partial(
             timm.create_model,

@@ -175,7 +175,7 @@ class MaskDecoder(nn.Module):
         if image_embeddings.shape[1] != expected:
             raise ValueError(
                 f"the first guess needs embeddings of {expected} channels, got "
-                f"{image_embeddings.shape[1]}; image_encoder.high_res_chans is {part.high_res_dim} then"
+                f"{image_embeddings.shape[1]}: those of its own image encoder, fine features included"
             )
         embeddings, folded = image_embeddings.split([part.embed_dim, 4 * part.high_res_dim], dim=1)
         return embeddings, folded.unflatten(1, (-1, 4)).permute(0, 3, 4, 2, 1)

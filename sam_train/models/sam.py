@@ -51,6 +51,13 @@ class Sam(nn.Module):
         self.image_encoder = image_encoder
         self.prompt_encoder = prompt_encoder
         self.mask_decoder = mask_decoder
+        given = getattr(image_encoder, "high_res_chans", 0)
+        wanted = mask_decoder.first_guess.high_res_dim if mask_decoder.first_guess else 0
+        if given != wanted:
+            raise ValueError(
+                f"image_encoder.high_res_chans is {given}, but mask_decoder.first_guess takes {wanted} "
+                "(0 where there is none)"
+            )
         prompt_encoder.feeds_guess = mask_decoder.first_guess is not None
         self.set_img_size(image_encoder.img_size)
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):

@@ -28,12 +28,17 @@ class GuessTeaching:
         prompts_per_mask: guesses at each mask in a step.
         played_per_image: masks of each image that also go through all passes, transformer and all; None
             plays every one. The guess takes the rest of a crowded image for a few milliseconds.
+        alone_share: share of the run, from its start, in which nothing is played.
+        teaches_encoder_alone: the played passes leave the encoder as it is. From random
+            weights their gradients, of few prompts and an unready transformer, undo what guesses teach.
         weight: of this loss beside that of the passes.
     """
 
     prompts: PromptSimulator
     prompts_per_mask: int = 4
     played_per_image: int | None = None
+    alone_share: float = 0.0
+    teaches_encoder_alone: bool = False
     weight: float = 1.0
 
     def __post_init__(self) -> None:
@@ -43,6 +48,8 @@ class GuessTeaching:
                 "expected prompts_per_mask >= 1, played_per_image >= 1 or null and weight >= 0, got "
                 f"{self.prompts_per_mask}, {self.played_per_image} and {self.weight}"
             )
+        if not 0 <= self.alone_share <= 1:
+            raise ValueError(f"alone_share is in [0, 1], got {self.alone_share}")
 
     def played(self, batch: ImageBatch, draws: PromptDraws) -> Tensor:
         """Rows of the masks that go through all passes: (R,) int64, drawn per image."""

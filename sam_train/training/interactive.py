@@ -111,14 +111,19 @@ class InteractiveTraining(lightning.LightningModule):
         features = self.model.encode(batch.images, batch.input_sizes)
         counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
         draws = PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device)
-        if self.first_guess is None:
+        teaching = self.first_guess
+        if teaching is None:
             return self._played_loss(features, batch, draws)
-        guesses = self.first_guess.loss(self.model, features, batch, draws, self.loss)
+        guesses = teaching.loss(self.model, features, batch, draws, self.loss)
         guess_loss = guesses.sum() / self._mean_over_ranks(len(guesses))
         self.log("train/guess_loss", guess_loss.detach())
-        rows = self.first_guess.played(batch, draws)
+        if teaching.alone_share > 0 and self._progress_of_all() < teaching.alone_share:
+            return teaching.weight * guess_loss + self._nothing_left_out(everything=True)
+        rows = teaching.played(batch, draws)
+        if teaching.teaches_encoder_alone:
+            features = ImageFeatures(features.image_embeddings.detach())
         played = self._played_loss(features, select_masks(batch, rows), draws.select(rows))
-        return played + self.first_guess.weight * guess_loss
+        return played + teaching.weight * guess_loss
 
     def _played_loss(
         self, features: ImageFeatures, batch: ImageBatch, draws: PromptDraws
@@ -223,14 +228,23 @@ class InteractiveTraining(lightning.LightningModule):
             simulator.num_corrections + simulator.num_extra_passes or simulator.mask_prob > 0
         )
 
-    def _nothing_left_out(self) -> Tensor:
+    def _nothing_left_out(self, *, everything: bool = False) -> Tensor:
         """Zero, with the weights in its graph that not every batch asks for.
 
         A distributed run would wait for their gradients, and one process would pass over them where
         many do not.
+
+        Args:
+            everything: any weight may be left out; one process then passes over those that are.
         """
+        if everything and (self._trainer is None or self.trainer.world_size == 1):
+            return torch.zeros((), device=self.device)
         named = self.model.named_parameters()
-        left_out = [p for name, p in named if p.requires_grad and SOMETIMES_LEFT_OUT.search(name)]
+        left_out = [
+            p
+            for name, p in named
+            if p.requires_grad and (everything or SOMETIMES_LEFT_OUT.search(name))
+        ]
         return sum((0.0 * p.sum() for p in left_out), torch.zeros((), device=self.device))
 
     def _plan_generator(self) -> torch.Generator:

@@ -224,7 +224,7 @@ def test_the_size_of_the_input_may_change(tiny_sam: Sam) -> None:
 def test_embeddings_without_fine_features_are_refused(tiny_sam: Sam) -> None:
     asked = prompts(([[30, 40], [0, 0]], [FOREGROUND, PADDING]))
     with pytest.raises(
-        ValueError, match="embeddings of 192 channels, got 64.*high_res_chans is 32"
+        ValueError, match="embeddings of 192 channels, got 64.*fine features included"
     ):
         tiny_sam.guess(ImageFeatures(torch.zeros(1, 64, 32, 32)), asked)
 
@@ -235,3 +235,15 @@ def test_candidates_must_be_as_many_as_the_decoders(compose: Callable) -> None:
     cfg = compose("train", ["model.mask_decoder.first_guess.num_candidates=2"])
     with pytest.raises(Exception, match="first guess has 2 candidates, the decoder 3"):
         config.instantiate(cfg.model)
+
+
+def test_encoder_and_guess_must_agree_on_the_fine_features(compose: Callable) -> None:
+    from sam_train import config
+
+    cfg = compose("train", ["model.image_encoder.high_res_chans=0"])
+    cfg.model.mask_decoder.first_guess.high_res_dim = 32
+    with pytest.raises(Exception, match=r"high_res_chans is 0, but .*first_guess takes 32"):
+        config.instantiate(cfg.model)
+    published = ["model.image_encoder.high_res_chans=0", "model.mask_decoder.first_guess=null"]
+    model = config.instantiate(compose("train", published).model)
+    assert not model.prompt_encoder.feeds_guess

@@ -146,7 +146,11 @@ def test_the_first_share_of_a_run_sees_half_the_size(
 
 
 def test_a_recipe_for_the_guess_trains_the_published_form_too(make_training: MakeTraining) -> None:
-    training = make_training("task=from_scratch", "model.mask_decoder.first_guess=null")
+    training = make_training(
+        "task=from_scratch",
+        "model.mask_decoder.first_guess=null",
+        "model.image_encoder.high_res_chans=0",
+    )
     assert training.first_guess is None
 
 

@@ -161,10 +161,9 @@ class FirstGuess(nn.Module):
         keys = self.keys(high_res).flatten(1, 2).transpose(1, 2)
         masks = slots.gather(slots.pad(filters).flatten(1, 2) @ keys, self.num_candidates)
         masks = masks.unflatten(2, high_res.shape[1:3])
-        ellipses = self.ellipses(hidden).unflatten(1, (self.num_candidates, 6))
-        return MaskPrediction(
-            masks + _ellipses(ellipses, frame, masks.shape[-2:]), self.ious(hidden)
-        )
+        terms = self.ellipses(hidden).unflatten(1, (self.num_candidates, 6))
+        ellipses = _ellipses(terms, frame, masks.shape[-2:]).to(masks.dtype)
+        return MaskPrediction(masks + ellipses, self.ious(hidden))
 
     def _under_prompt(self, image_embeddings: Tensor, frame: PromptFrame, slots: _Slots) -> Tensor:
         """The embedding at a click, or averaged over the middle of a box: (P, C)."""
@@ -179,9 +178,8 @@ class FirstGuess(nn.Module):
             windows.append(weights / weights.sum(dim=1, keepdim=True).clamp(min=1e-6))
         window = (windows[0][:, :, None] * windows[1][:, None]).flatten(1)
         tokens = image_embeddings.flatten(2).transpose(1, 2)
-        return slots.gather(slots.pad(window[:, None].to(tokens.dtype)).flatten(1, 2) @ tokens, 1)[
-            :, 0
-        ]
+        rows = slots.pad(window[:, None].to(tokens.dtype)).flatten(1, 2)
+        return slots.gather(rows @ tokens, 1)[:, 0]
 
     def as_dense(self, guess: MaskPrediction, sign: Tensor) -> Tensor:
         """Reads the guess as a mask prompt is read: (P, C, h, w), zero where nothing points.
@@ -229,16 +227,17 @@ class _Slots(NamedTuple):
 
 
 def _ellipses(terms: Tensor, frame: PromptFrame, size: tuple[int, int]) -> Tensor:
-    """Quadratic forms of the offset from the prompt: (P, K, 6) terms to (P, K, H, W) logits."""
-    powers = []
-    for axis, length in ((0, size[1]), (1, size[0])):
-        places = (torch.arange(length, device=terms.device) + 0.5) / length
-        offset = (places - frame.center[:, axis, None]) / frame.half_sides[:, axis, None]
-        offset = offset.clamp(-FARTHEST, FARTHEST).to(terms.dtype)
-        powers.append(torch.stack([torch.ones_like(offset), offset, offset**2], dim=1))
-    x, y, xx, yy, xy, one = terms.unbind(-1)
-    zero = torch.zeros_like(one)
-    # Rows are powers of y, columns of x.
-    form = torch.stack([one, x, xx, y, xy, zero, yy, zero, zero], dim=-1).unflatten(-1, (3, 3))
-    along_x = form @ powers[0][:, None]  # (P, K, 3, W)
-    return powers[1].transpose(1, 2)[:, None] @ along_x
+    """Quadratic forms of the offset from the prompt: (P, K, 6) terms to (P, K, H, W) logits, in float32."""
+    with torch.autocast(device_type=terms.device.type, enabled=False):
+        powers = []
+        for axis, length in ((0, size[1]), (1, size[0])):
+            places = (torch.arange(length, device=terms.device) + 0.5) / length
+            offset = (places - frame.center[:, axis, None]) / frame.half_sides[:, axis, None]
+            offset = offset.clamp(-FARTHEST, FARTHEST)
+            powers.append(torch.stack([torch.ones_like(offset), offset, offset**2], dim=1))
+        x, y, xx, yy, xy, one = terms.float().unbind(-1)
+        zero = torch.zeros_like(one)
+        # Rows are powers of y, columns of x.
+        form = torch.stack([one, x, xx, y, xy, zero, yy, zero, zero], dim=-1).unflatten(-1, (3, 3))
+        along_x = form @ powers[0][:, None]  # (P, K, 3, W)
+        return powers[1].transpose(1, 2)[:, None] @ along_x

@@ -101,6 +101,7 @@ def _build_training(
     cfg: DictConfig, weights: str | None
 ) -> tuple[lightning.LightningModule, lightning.LightningDataModule, lightning.Trainer]:
     import lightning
+    import torch
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -114,6 +115,9 @@ def _build_training(
     callbacks = dict(cfg.callbacks or {})
     if not cfg.trainer.enable_progress_bar:  # Lightning refuses the one with the other
         callbacks.pop("progress", None)
+    if cfg.trainer.accelerator == "auto":
+        # Lightning would take an Apple GPU, which has no float64 to draw prompts with.
+        cfg.trainer.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     trainer = config.instantiate(
         cfg.trainer,
         logger=_instantiate_all(cfg.logger or {}),
@@ -165,7 +169,16 @@ def _evaluated_run(cfg: DictConfig) -> Path:
 def _device(name: str) -> str:
     import torch
 
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"expected device=cpu, cuda, cuda:1 or auto, got {name}: {reason}"
+        ) from None
+    return name
 
 
 def _print_result(result: Any) -> None:
@@ -211,9 +224,12 @@ class _JobError(BaseException):
 def run(verb: str, argv: Sequence[str]) -> int:
     """Runs one command and returns its exit code: 0, 1 for a bug, 2 for a mistake, 130 for Ctrl-C."""
     arguments = cli_arguments.Arguments(None, [])
-    # Threads that wait by spinning take the cores from the readers and from whatever else runs there: a
-    # training step was seen to cost four times its CPU time on two busy cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # How long OpenMP's threads wait for the next piece of work by spinning. GNU's default, milliseconds,
+    # takes the cores from the readers; none at all (PASSIVE) pays for a wake-up at each of a step's
+    # thousands of small operations. A quickstart step on two idle cores took 0.156 s, 0.327 s and, so,
+    # 0.175 s; with another process on one of them 0.47 s by default and 0.42 s so.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         argv = _without_verb(verb, argv)
         if verb in PLANNED:

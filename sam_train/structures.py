@@ -90,6 +90,7 @@ class ImageRecord:
         annotations: the image's masks.
         load: returns the (H, W, 3) uint8 RGB pixels.
         source: the data set's name, for logs and per-source scores.
+        damaged: takes the reason why this record cannot be used after all and returns what to raise.
     """
 
     key: str
@@ -97,6 +98,7 @@ class ImageRecord:
     annotations: tuple[Annotation, ...]
     load: Callable[[], np.ndarray]
     source: str = ""
+    damaged: Callable[[object], Exception] = ValueError
 
     @cached_property
     def image(self) -> np.ndarray:

@@ -144,7 +144,11 @@ class ShardSource:
         except ValueError as error:
             raise tally.damaged(name, error) from None
         cache_bytes = self.cache_mb * 2**20 / num_readers
-        return replace(record, load=partial(self._load, name, record.load, tally, cache_bytes))
+        return replace(
+            record,
+            load=partial(self._load, name, record.load, tally, cache_bytes),
+            damaged=partial(tally.damaged, name),
+        )
 
     def _load(
         self, name: str, load: Callable[[], np.ndarray], tally: DamageTally, cache_bytes: float

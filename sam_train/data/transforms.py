@@ -77,7 +77,10 @@ class ToSample:
         if self.flips is not None:
             view = self.flips(view, rng)
         drawn = np.sort(rng.permutation(drawable)[: self.max_masks])
-        decoded = [self._decode(candidates[index], view, boxes[index]) for index in drawn.tolist()]
+        try:
+            decoded = [self._decode(candidates[i], view, boxes[i]) for i in drawn.tolist()]
+        except ValueError as error:  # run lengths are looked at no earlier than here
+            raise record.damaged(error) from None
         masks = [mask for mask, _ in filter(None, decoded)]
         if not masks:
             return None

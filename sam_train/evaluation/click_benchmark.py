@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from sam_train.data.source import Source
+from sam_train.data.source import DamagedSampleError, Source, readable
 from sam_train.metrics.click_rollout import click_rollout, trace_clicks
 from sam_train.metrics.clicks import (
     NOC_CAP,
@@ -114,12 +115,19 @@ class ClickBenchmark:
             What `metrics.json` holds.
         """
         model.eval()
+        output_dir = Path(output_dir)
+        # Whether the folder can be written to is better known before the clicks than after them.
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output_dir).close()
         metrics = ClickMetrics(self.simulator.num_corrections + 1)
         scores: list[ObjectScore] = []
         dataset, num_images = "", 0
         with tqdm(total=self.max_masks, unit=" masks", desc="clicks", dynamic_ncols=True) as bar:
             for record in self._records(source):
-                curves = self._rollout(model, record)
+                try:
+                    curves = self._rollout(model, record)
+                except DamagedSampleError:  # counted and logged already
+                    continue
                 metrics.update(curves)
                 scores += _scores(record, curves)
                 dataset, num_images = record.source, num_images + 1
@@ -140,16 +148,15 @@ class ClickBenchmark:
             "checkpoint": str(checkpoint),
             "metrics": metrics.compute(),
         }
-        output_dir = Path(output_dir)
         write_atomically(output_dir / "objects.csv", objects_table(scores))
+        write_atomically(output_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
         plot_curves(output_dir / "figures" / "curves.png", scores)
         self._draw_cases(model, source, output_dir / "figures", scores)
-        write_atomically(output_dir / "metrics.json", json.dumps(result, indent=2) + "\n")
         return result
 
     def _records(self, source: Source) -> Iterator[ImageRecord]:
         shuffle = self.max_masks is not None
-        return source.records(epoch=0, reader=0, num_readers=1, shuffle=shuffle)
+        return readable(source.records(epoch=0, reader=0, num_readers=1, shuffle=shuffle))
 
     def _rollout(self, model: Sam, record: ImageRecord) -> ClickCurves:
         return click_rollout(

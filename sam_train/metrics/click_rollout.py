@@ -209,7 +209,10 @@ def _draws_of(record: ImageRecord, seed: int, device: torch.device) -> PromptDra
 
 
 def _gt_masks(record: ImageRecord, objects: Sequence[int]) -> Tensor:
-    return torch.from_numpy(decode_many([record.annotations[i].rle for i in objects]))
+    try:
+        return torch.from_numpy(decode_many([record.annotations[i].rle for i in objects]))
+    except ValueError as error:
+        raise record.damaged(error) from None
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from sam_train.structures import (
     BACKGROUND,
     BOX_BOTTOM_RIGHT,
     BOX_TOP_LEFT,
+    FOREGROUND,
     PADDING,
     MaskPrediction,
 )
@@ -27,13 +28,14 @@ SOFT_LOGIT = 4.0
 
 
 class PromptFrame(NamedTuple):
-    """Where the newest prompt lies and how large it is; all of it in shares of the model input's sides.
+    """Where one prompt lies and how large it is; all of it in shares of the model input's sides.
 
     Attributes:
         center: (P, 2), (x, y) of the click or the box.
         half_sides: (P, 2) of the box; `CLICK_HALF_SIDE` for a click.
         is_box: (P, 1), 0 or 1.
         sign: (P, 1): 1 for what shows the object, -1 for a background click, 0 where nothing points.
+            A guess at the latter two is no answer.
     """
 
     center: Tensor
@@ -42,21 +44,32 @@ class PromptFrame(NamedTuple):
     sign: Tensor
 
     @classmethod
-    def of_prompts(cls, coords: Tensor, labels: Tensor, pixels: tuple[int, int]) -> PromptFrame:
-        """Reads `Prompts`: the last point, or the box where there is no click beside it.
+    def of_prompts(
+        cls, coords: Tensor, labels: Tensor, pixels: tuple[int, int], *, corrects: bool
+    ) -> PromptFrame:
+        """Reads `Prompts`.
 
         Args:
             coords: (P, N, 2) of `Prompts`, model input frame.
             labels: (P, N).
             pixels: (H, W) of the model input.
+            corrects: there is a mask already: the last click counts, whatever its label. Else what shows
+                the object does: the box, or the last foreground click; a background click only where
+                there is nothing else.
         """
         if not coords.shape[1]:
             coords = coords.new_zeros(len(coords), 1, 2)
             labels = labels.new_full((len(coords), 1), PADDING)
         size = coords.new_tensor([pixels[1], pixels[0]], dtype=torch.float32)
         is_point = labels != PADDING
-        places = torch.arange(labels.shape[1], device=labels.device)
-        last = torch.where(is_point, places, -1).amax(dim=1).clamp(min=0)
+        is_corner = (labels == BOX_TOP_LEFT) | (labels == BOX_BOTTOM_RIGHT)
+        num_points = labels.shape[1]
+        places = torch.arange(num_points, device=labels.device)
+        if corrects:
+            rank = (is_point & ~is_corner).long()
+        else:
+            rank = torch.where(is_corner, 2, (labels == FOREGROUND).long())
+        last = torch.where(is_point, rank * num_points + places, -1).argmax(dim=1)
         rows = torch.arange(len(labels), device=labels.device)
         kind = labels[rows, last][:, None]
         end, start = coords[rows, last].float(), coords[rows, (last - 1).clamp(min=0)].float()
@@ -79,7 +92,7 @@ class PromptFrame(NamedTuple):
 
 
 class FirstGuess(nn.Module):
-    """Candidates for what the newest prompt points at: filters from the features under the prompt.
+    """Candidates for what a prompt points at: filters from the features under it.
 
     The features at a click, or averaged over a box, give each candidate a filter over fine features of
     the image and an ellipse round the prompt; the sum of the two is its mask. Nothing is attended to and
@@ -190,7 +203,7 @@ class FirstGuess(nn.Module):
         sign = sign[:, :, None, None].to(maps.dtype)
         maps = torch.cat([maps * sign.clamp(min=0), maps * (-sign).clamp(min=0)], dim=1)
         cells = F.pixel_unshuffle(maps, 2).permute(0, 2, 3, 1)
-        return self.read(cells).permute(0, 3, 1, 2)
+        return self.read(cells).permute(0, 3, 1, 2) * sign.abs()
 
 
 class _Slots(NamedTuple):

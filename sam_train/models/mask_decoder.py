@@ -186,7 +186,7 @@ class MaskDecoder(nn.Module):
         """Guesses, and takes the numbers that came with the prompt embeddings off them again."""
         part = self.first_guess
         assert part is not None
-        frame = PromptFrame.from_token(sparse[:, -1:])
+        frame = PromptFrame.from_token(sparse[:, :1])
         guess = self.guess(image_embeddings, frame, image_index)
         embeddings, high_res = self._unfold(image_embeddings, part)
         dense, folded = dense[:, : part.embed_dim], dense[:, part.embed_dim :]
@@ -199,10 +199,12 @@ class MaskDecoder(nn.Module):
             masks = F.interpolate(
                 guess.low_res_masks, scale_factor=2, mode="bilinear", align_corners=False
             )
+            # What is not the object is no place to start from.
+            masks = masks * (frame.sign > 0)[:, :, None, None].to(masks.dtype)
             ious = guess.iou_predictions
         return _Start(
             embeddings,
-            sparse[:, :-1],
+            sparse[:, 1:],
             dense + part.as_dense(guess, frame.sign),
             self.high_res_proj(high_res),
             masks,

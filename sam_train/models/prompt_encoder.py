@@ -45,7 +45,7 @@ class PromptEncoder(nn.Module):
         self.drawing = drawing
         self.feeds_guess = False
         """Set by `Sam` for a decoder with a first guess: hands it the prompts' numbers along with the
-        embeddings, the newest prompt as a last token and the mask prompt as last dense channels."""
+        embeddings, a first token of where a prompt lies and the mask prompt as last dense channels."""
 
     def set_image_size(
         self, input_image_size: tuple[int, int], image_embedding_size: tuple[int, int]
@@ -117,8 +117,10 @@ class PromptEncoder(nn.Module):
             grid, pixels = self.mask_input_size, self.input_image_size
             dense = dense + self.drawing(coords, labels, grid, pixels)
         if self.feeds_guess:
-            frame = PromptFrame.of_prompts(coords, labels, self.input_image_size)
-            sparse = torch.cat([sparse, frame.as_token(self.embed_dim).to(sparse.dtype)], dim=1)
+            frame = PromptFrame.of_prompts(
+                coords, labels, self.input_image_size, corrects=masks is not None
+            )
+            sparse = torch.cat([frame.as_token(self.embed_dim).to(sparse.dtype), sparse], dim=1)
             if masks is not None:
                 logits = F.pixel_unshuffle(masks, self.mask_input_size[0] // dense.shape[-2])
                 dense = torch.cat([dense, logits.to(dense.dtype)], dim=1)

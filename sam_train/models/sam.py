@@ -143,14 +143,17 @@ class Sam(nn.Module):
 
         Args:
             features: of N images; of one where `image_index` is None.
-            prompts: model input frame; the newest one counts.
+            prompts: model input frame; see `PromptFrame.of_prompts` for which of them counts.
             image_index: (P,) the image each prompt belongs to.
 
         Returns:
             Masks at half the resolution of `decode`'s.
         """
         frame = PromptFrame.of_prompts(
-            prompts.point_coords, prompts.point_labels, self.prompt_encoder.input_image_size
+            prompts.point_coords,
+            prompts.point_labels,
+            self.prompt_encoder.input_image_size,
+            corrects=prompts.mask_inputs is not None,
         )
         return self.mask_decoder.guess(features.image_embeddings, frame, image_index)
 

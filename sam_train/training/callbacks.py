@@ -296,7 +296,11 @@ class Report(lightning.Callback):
     def _finish(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         self._draw_curves()
         self._note("at the end", self.latest)
-        gained = {k: self.latest[k] - self.start[k] for k in HEADLINE if k in self.latest}
+        gained = {
+            k: self.latest[k] - self.start[k]
+            for k in HEADLINE
+            if k in self.latest and k in self.start
+        }
         self._note("gained", gained, sign="+")
         speed = next((c for c in trainer.callbacks if isinstance(c, Speed)), None)
         extra = speed.figures(trainer.global_step) if speed else {"steps": trainer.global_step}

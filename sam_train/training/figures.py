@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sam_train.training.interactive import InteractiveTraining
 
 PANELS = (
-    ("loss", ("train/loss", "train/mask_loss_pass0")),
+    ("loss", ("train/loss", "train/guess_loss", "train/played_loss")),
     ("IoU in training", ("train/iou_point", "train/iou_box")),
     ("IoU in validation", ("val/mean_iou@1", "val/mean_iou@3", "val/box_mean_iou")),
     (

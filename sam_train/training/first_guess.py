@@ -82,24 +82,34 @@ class GuessTeaching:
             prompts_to_input(Prompts(coords, labels), stride),
             image_index=batch.image_index.repeat(self.prompts_per_mask),
         )
-        # How much of each of the guess's larger cells the mask covers.
-        side = guess.low_res_masks.shape[-1]
-        covered = F.adaptive_avg_pool2d(batch.masks.float(), (side, side))
-        return loss(guess, covered.repeat(self.prompts_per_mask, 1, 1)).total
+        targets = covered_share(batch.masks, guess.low_res_masks.shape[-1])
+        return loss(guess, targets.repeat(self.prompts_per_mask, 1, 1)).total
+
+
+def covered_share(masks: Tensor, side: int) -> Tensor:
+    """How much of each of a coarser grid's cells a mask covers: (P, h, w) bool to (P, side, side).
+
+    In shares of the mask's best covered cell, as `ToSample` has it: a mask too thin to fill half a cell
+    would else be answered best with nothing.
+    """
+    covered = F.adaptive_avg_pool2d(masks.float(), (side, side))
+    best = covered.flatten(1).amax(dim=1)[:, None, None]
+    return covered / best.clamp(min=torch.finfo(covered.dtype).tiny)
 
 
 def halve(batch: ImageBatch) -> ImageBatch:
-    """The same batch at half the size: a quarter of the work, for the time when shapes are still coarse.
-
-    Cells of the mask grid are kept where they are covered at least half as much as the mask's best
-    covered cell, as `ToSample` keeps them.
-    """
-    covered = F.avg_pool2d(batch.masks.float()[:, None], 2)[:, 0]
-    best = covered.flatten(1).amax(dim=1)[:, None, None]
+    """The same batch at half the size: a quarter of the work, for the time when shapes are still coarse."""
+    images = batch.images.float()
+    for image, (height, width) in zip(images, batch.input_sizes.tolist(), strict=True):
+        # Where the last row or column stands alone, its other half is padding: it counts twice instead.
+        if height % 2:
+            image[:, height] = image[:, height - 1]
+        if width % 2:
+            image[:, :, width] = image[:, :, width - 1]
     return batch._replace(
-        images=F.avg_pool2d(batch.images.float(), 2),
+        images=F.avg_pool2d(images, 2),
         input_sizes=(batch.input_sizes + 1) // 2,
-        masks=(covered >= best / 2) & (best > 0),
+        masks=covered_share(batch.masks, batch.masks.shape[-1] // 2) >= 0.5,
         boxes=batch.boxes / 2,
     )
 

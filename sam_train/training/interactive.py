@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
-from sam_train.data.source import sample_seed
+from sam_train.data.source import DamagedSampleError, sample_seed
 from sam_train.losses.multimask import InteractiveLoss
 from sam_train.metrics.click_rollout import click_rollout
 from sam_train.metrics.clicks import ClickMetrics
@@ -29,9 +30,13 @@ from sam_train.structures import (
 from sam_train.training.first_guess import GuessTeaching, halve, select_masks
 from sam_train.training.optim import AdamW
 
+log = logging.getLogger(__name__)
+
 SOMETIMES_LEFT_OUT = re.compile(r"no_mask_embed|mask_downscaling|first_guess\.ious|k_proj\.bias")
 """Names of weights that a batch may not ask for: with or without a mask to begin with, and what a
 softmax takes out again."""
+NOT_GUESSED = re.compile(r"prompt_encoder\.|mask_decoder\.(?!first_guess\.(?!read\.))")
+"""Names of the weights that a first guess by itself has no use for."""
 
 
 class InteractiveTraining(lightning.LightningModule):
@@ -66,8 +71,19 @@ class InteractiveTraining(lightning.LightningModule):
         super().__init__()
         if not 0 <= half_size_share <= 1:
             raise ValueError(f"half_size_share is in [0, 1], got {half_size_share}")
+        if half_size_share and model.image_encoder.img_size % (2 * model.image_encoder.stride):
+            raise ValueError(
+                f"half of img_size={model.image_encoder.img_size} is no multiple of the stride "
+                f"{model.image_encoder.stride}: set task.half_size_share=0"
+            )
+        if model.image_encoder.in_chans != 3:
+            raise ValueError(
+                f"images are read as RGB, but the image encoder takes {model.image_encoder.in_chans} "
+                "channels: train with model.image_encoder.in_chans=3"
+            )
         if first_guess is not None and model.mask_decoder.first_guess is None:
-            first_guess = None  # the published form of the model, with a recipe made for the other
+            log.warning("the model has no first guess: task.first_guess is left out")
+            first_guess = None
         self.model = model
         self.prompts = prompts
         self.val_prompts = val_prompts
@@ -78,6 +94,8 @@ class InteractiveTraining(lightning.LightningModule):
         self.seed = seed
         self.model_config: dict[str, Any] | None = None
         """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
+        self.has_played = False
+        """Whether the transformer was asked since the last optimiser step."""
         self.val_metrics = ClickMetrics(val_prompts.num_corrections + 1)
         self.num_val_images = 0
         self.val_source = ""
@@ -118,17 +136,19 @@ class InteractiveTraining(lightning.LightningModule):
         guess_loss = guesses.sum() / self._mean_over_ranks(len(guesses))
         self.log("train/guess_loss", guess_loss.detach())
         if teaching.alone_share > 0 and self._progress_of_all() < teaching.alone_share:
-            return teaching.weight * guess_loss + self._nothing_left_out(everything=True)
+            return teaching.weight * guess_loss + self._nothing_left_out(NOT_GUESSED)
         rows = teaching.played(batch, draws)
         if teaching.teaches_encoder_alone:
             features = ImageFeatures(features.image_embeddings.detach())
         played = self._played_loss(features, select_masks(batch, rows), draws.select(rows))
+        self.log("train/played_loss", played.detach())
         return played + teaching.weight * guess_loss
 
     def _played_loss(
         self, features: ImageFeatures, batch: ImageBatch, draws: PromptDraws
     ) -> Tensor:
         """Plays all passes on the masks of a batch; a mean over masks and passes."""
+        self.has_played = True
         stride = self.model.image_encoder.img_size / batch.masks.shape[-1]
 
         def decode(prompts: Prompts, multimask_output: bool) -> MaskPrediction:
@@ -160,9 +180,13 @@ class InteractiveTraining(lightning.LightningModule):
 
     def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
         """Clicks through the masks of one image."""
+        try:
+            curves = click_rollout(self.model, record, self.val_prompts, seed=self.seed)
+        except DamagedSampleError:  # counted and logged already
+            return
         self.num_val_images += 1
         self.val_source = record.source
-        self.val_metrics.update(click_rollout(self.model, record, self.val_prompts, seed=self.seed))
+        self.val_metrics.update(curves)
 
     def on_validation_epoch_start(self) -> None:
         self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1)
@@ -228,24 +252,23 @@ class InteractiveTraining(lightning.LightningModule):
             simulator.num_corrections + simulator.num_extra_passes or simulator.mask_prob > 0
         )
 
-    def _nothing_left_out(self, *, everything: bool = False) -> Tensor:
+    def _nothing_left_out(self, names: re.Pattern[str] = SOMETIMES_LEFT_OUT) -> Tensor:
         """Zero, with the weights in its graph that not every batch asks for.
 
         A distributed run would wait for their gradients, and one process would pass over them where
         many do not.
-
-        Args:
-            everything: any weight may be left out; one process then passes over those that are.
         """
-        if everything and (self._trainer is None or self.trainer.world_size == 1):
-            return torch.zeros((), device=self.device)
         named = self.model.named_parameters()
-        left_out = [
-            p
-            for name, p in named
-            if p.requires_grad and (everything or SOMETIMES_LEFT_OUT.search(name))
-        ]
+        left_out = [p for name, p in named if p.requires_grad and names.search(name)]
         return sum((0.0 * p.sum() for p in left_out), torch.zeros((), device=self.device))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves the weights that nobody asked for where they are: zeros would let them decay."""
+        if not self.has_played:
+            for name, parameter in self.model.named_parameters():
+                if NOT_GUESSED.search(name):
+                    parameter.grad = None
+        self.has_played = False
 
     def _plan_generator(self) -> torch.Generator:
         """The same on all ranks, so that all run the same passes."""

@@ -18,15 +18,17 @@ from sam_train.structures import (
     FOREGROUND,
     PADDING,
     ImageFeatures,
+    MaskPrediction,
     Prompts,
 )
 
 BOX = [BOX_TOP_LEFT, BOX_BOTTOM_RIGHT]
 
 
-def frame(points: list[list[float]], labels: list[int]) -> PromptFrame:
+def frame(points: list[list[float]], labels: list[int], *, corrects: bool = False) -> PromptFrame:
     coords = torch.tensor([points]).reshape(1, -1, 2)
-    return PromptFrame.of_prompts(coords, torch.tensor([labels], dtype=torch.long), (100, 200))
+    kinds = torch.tensor([labels], dtype=torch.long)
+    return PromptFrame.of_prompts(coords, kinds, (100, 200), corrects=corrects)
 
 
 def prompts(*objects: tuple[list[list[float]], list[int]]) -> Prompts:
@@ -56,21 +58,34 @@ def test_a_frame_is_the_centre_and_half_sides_in_shares_of_the_input() -> None:
     assert click.sign.item() == box.sign.item() == 1
 
 
+PADDED = [0.0, 0.0]
+CLICK, OTHER, CORNERS = [9.0, 9.0], [29.0, 39.0], [[20.0, 10.0], [60.0, 50.0]]
+
+
 @pytest.mark.parametrize(
-    ("points", "labels", "center", "sign"),
+    ("points", "labels", "corrects", "center", "sign"),
     [
-        ([[9, 9], [29, 39], [0, 0]], [FOREGROUND, FOREGROUND, PADDING], [29.5, 39.5], 1),
-        ([[9, 9], [29, 39], [0, 0]], [FOREGROUND, BACKGROUND, PADDING], [29.5, 39.5], -1),
-        ([[20, 10], [60, 50], [29, 39]], [*BOX, BACKGROUND], [29.5, 39.5], -1),
+        # Nothing predicted yet: what shows the object.
+        ([CLICK, OTHER, PADDED], [FOREGROUND, FOREGROUND, PADDING], False, [29.5, 39.5], 1),
+        ([CLICK, OTHER, PADDED], [FOREGROUND, BACKGROUND, PADDING], False, [9.5, 9.5], 1),
+        ([OTHER, PADDED], [BACKGROUND, PADDING], False, [29.5, 39.5], -1),
+        ([*CORNERS, OTHER], [*BOX, BACKGROUND], False, [40, 30], 1),
+        # segment_anything's order has the box last.
+        ([OTHER, *CORNERS], [BACKGROUND, *BOX], False, [40, 30], 1),
+        # A mask is there: the click that mends it.
+        ([CLICK, OTHER, PADDED], [FOREGROUND, BACKGROUND, PADDING], True, [29.5, 39.5], -1),
+        ([*CORNERS, OTHER], [*BOX, BACKGROUND], True, [29.5, 39.5], -1),
+        ([OTHER, *CORNERS], [BACKGROUND, *BOX], True, [29.5, 39.5], -1),
+        (CORNERS, BOX, True, [40, 30], 1),
     ],
 )
-def test_the_newest_click_counts(
-    points: list[list[float]], labels: list[int], center: list[float], sign: int
+def test_which_prompt_counts(
+    points: list[list[float]], labels: list[int], corrects: bool, center: list[float], sign: int
 ) -> None:
-    newest = frame(points, labels)
-    assert (newest.center[0] * torch.tensor([200, 100])).tolist() == pytest.approx(center)
-    assert newest.sign.item() == sign
-    assert newest.is_box.item() == 0
+    chosen = frame(points, labels, corrects=corrects)
+    assert (chosen.center[0] * torch.tensor([200, 100])).tolist() == pytest.approx(center)
+    assert chosen.sign.item() == sign
+    assert chosen.is_box.item() == (center == [40, 30])
 
 
 @pytest.mark.parametrize(("points", "labels"), [([[0, 0]], [PADDING]), ([], [])])
@@ -247,3 +262,28 @@ def test_encoder_and_guess_must_agree_on_the_fine_features(compose: Callable) ->
     published = ["model.image_encoder.high_res_chans=0", "model.mask_decoder.first_guess=null"]
     model = config.instantiate(compose("train", published).model)
     assert not model.prompt_encoder.feeds_guess
+
+
+@pytest.mark.parametrize("labels", [[BACKGROUND, PADDING], [PADDING, PADDING]])
+def test_what_is_not_the_object_is_no_place_to_start_from(
+    unmended: Sam, features: ImageFeatures, labels: list[int]
+) -> None:
+    one = ImageFeatures(features.image_embeddings[:1])
+    asked = prompts(([[30, 40], [0, 0]], labels))
+    with torch.no_grad():
+        answer = unmended.decode(one, asked, multimask_output=True)
+    assert not answer.low_res_masks.any()
+
+
+def test_nothing_is_read_where_nothing_points(tiny_sam: Sam) -> None:
+    guess = tiny_sam.mask_decoder.first_guess
+    assert guess is not None
+    noise = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        read = guess.as_dense(
+            MaskPrediction(noise, noise[..., 0, 0]), torch.tensor([[1.0], [-1], [0]])
+        )
+    assert read.shape == (3, 64, 8, 8)
+    assert read[0].any()
+    assert read[1].any()
+    assert not read[2].any()

@@ -11,7 +11,7 @@ import torch
 from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import PromptSimulator
 from sam_train.structures import ImageBatch
-from sam_train.training.first_guess import GuessTeaching, halve, select_masks
+from sam_train.training.first_guess import GuessTeaching, covered_share, halve, select_masks
 from sam_train.training.interactive import InteractiveTraining
 
 MakeTraining = Callable[..., InteractiveTraining]
@@ -105,7 +105,7 @@ def test_half_a_batch_is_the_same_scene(blobs: ImageBatch) -> None:
     assert half.input_sizes.tolist() == [[32, 32], [24, 32]]
     assert torch.equal(half.boxes, blobs.boxes / 2)
     for small, large in zip(half.masks, blobs.masks, strict=True):
-        assert small.sum() * 4 == pytest.approx(int(large.sum()), rel=0.15)
+        assert small.sum() * 4 == pytest.approx(int(large.sum()), rel=0.25)
     torch.testing.assert_close(half.images.mean((2, 3)), blobs.images.float().mean((2, 3)))
 
 
@@ -115,6 +115,30 @@ def test_thin_masks_are_not_lost_at_half_size(blobs: ImageBatch) -> None:
     half = halve(blobs._replace(masks=masks)).masks
     assert half[0].any()
     assert not half[1].any(), "an empty mask stays empty"
+
+
+def test_odd_rows_and_columns_do_not_darken_at_half_size(blobs: ImageBatch) -> None:
+    sizes = torch.tensor([[64, 63], [47, 64]])
+    images = torch.full_like(blobs.images, 100)
+    images[0, :, :, 63:] = 0
+    images[1, :, 47:] = 0
+    half = halve(blobs._replace(images=images, input_sizes=sizes))
+    assert half.input_sizes.tolist() == [[32, 32], [24, 32]]
+    assert (half.images[0] == 100).all()
+    assert (half.images[1, :, :24] == 100).all()
+    assert not half.images[1, :, 24:].any()
+    assert images[0, 0, 0, 63] == 0, "the batch itself stays as it is"
+
+
+def test_a_mask_smaller_than_half_a_cell_is_still_there() -> None:
+    masks = torch.zeros(3, 16, 16, dtype=torch.bool)
+    masks[0, 5, 6] = True  # an eighth of a cell of 4 x 4, and less
+    masks[1, 4:12, 4:12] = True
+    shares = covered_share(masks, 4)
+    assert shares[0].max() == 1
+    assert (shares[0] > 0).sum() == 1
+    assert torch.equal(shares[1] > 0.5, masks[1, ::4, ::4])
+    assert not shares[2].any()
 
 
 @pytest.mark.parametrize(("share", "sizes"), [(0.0, {64}), (0.5, {32, 64}), (1.0, {32})])

@@ -93,7 +93,8 @@ def test_a_batch_is_learnt_by_heart(make_training: MakeTraining, blobs: ImageBat
     early, late = slice(0, 5), slice(-10, None)
     assert mean("train/loss", late) < 0.4 * mean("train/loss", early)
     for name in ("train/iou_pass0", "train/iou_pass1", "train/iou_point", "train/iou_box"):
-        assert mean(name, late) > max(0.65, mean(name, early) + 0.4), name
+        # The first guess at a box begins as an ellipse in it, which is most of a disc already.
+        assert mean(name, late) > max(0.9, mean(name, early) + 0.1), name
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,8 @@ def test_a_batch_is_learnt_by_heart(make_training: MakeTraining, blobs: ImageBat
         ["++prompts.mask_prob=0.5", "prompts.num_corrections=2"],
         ["prompts.box_prob=1.0", "prompts.num_corrections=0"],
         ["prompts.num_corrections=3", "prompts.num_extra_passes=2"],
-        ["task=from_scratch"],
-        ["task=from_scratch", "task.half_size_share=0", "++prompts.mask_prob=1.0"],
+        ["task=from_scratch", "task.first_guess.alone_share=0"],
+        ["task=from_scratch", "task.first_guess.alone_share=0", "++prompts.mask_prob=1.0"],
         ["model.image_encoder.img_size=128"],
     ],
 )
@@ -148,11 +149,46 @@ def test_the_guess_is_taught_beside_the_answers(
     def logged(*overrides: str) -> dict[str, float]:
         return fit(make_training(*overrides), [blobs]).logged[0]
 
-    taught, untaught = logged("task=from_scratch", "task.half_size_share=0"), logged()
-    assert "train/guess_loss" not in untaught
-    played = taught["train/loss"] - taught["train/guess_loss"]
-    assert played > 0
+    taught = logged("task=from_scratch", "task.first_guess.alone_share=0")
+    assert "train/guess_loss" not in logged()
     assert taught["train/guess_loss"] > 0
+    assert taught["train/played_loss"] > 0
+    assert taught["train/loss"] == pytest.approx(
+        taught["train/guess_loss"] + taught["train/played_loss"], rel=1e-5
+    )
+    alone = logged("task=from_scratch", "task.first_guess.alone_share=1")
+    assert alone["train/loss"] == alone["train/guess_loss"]
+
+
+def test_while_guesses_are_alone_the_rest_stays_as_it_is(
+    make_training: MakeTraining, blobs: ImageBatch
+) -> None:
+    training = make_training("task=from_scratch", "task.first_guess.alone_share=1", "optim=muon")
+    before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
+    fit(training, [blobs] * 2)
+
+    moved = {
+        name for name, p in training.model.named_parameters() if not torch.equal(p, before[name])
+    }
+    assert any("image_encoder" in name for name in moved)
+    assert any("first_guess.filters" in name for name in moved)
+    outside = {name for name in moved if not name.startswith("image_encoder")}
+    assert all("first_guess" in name for name in outside)
+    assert not [name for name in outside if "first_guess.read" in name]
+
+
+def test_played_passes_leave_the_encoder_to_the_guesses(
+    make_training: MakeTraining, blobs: ImageBatch
+) -> None:
+    def gradients(weight: float) -> dict[str, Tensor | None]:
+        settings = ["task.first_guess.alone_share=0", f"task.first_guess.weight={weight}"]
+        return fit(make_training("task=from_scratch", *settings), [blobs]).gradients
+
+    unweighted = gradients(0.0)
+    silent = [n for n, g in unweighted.items() if n.startswith("image_encoder") and g is not None]
+    assert silent
+    assert not any(unweighted[name].any() for name in silent)
+    assert any(g is not None and g.any() for n, g in unweighted.items() if "transformer" in n)
 
 
 @pytest.mark.parametrize("box_prob", [0.0, 0.5, 1.0])

@@ -1,8 +1,10 @@
 """Trains `transformers`' `SamModel` from random weights on the nuclei shards: the peer to beat.
 
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/transformers_baseline.py --lr 3e-4 --out outputs/hf
+    python benchmarks/transformers_baseline.py --lr 1e-4 3e-4 1e-3 --out outputs/hf
 
-PASSIVE: on a busy machine waiting threads would otherwise spin, and spend the budget on nothing.
+Several learning rates are each tried for `--trial-seconds`, with a schedule of that length; the one of
+the highest scores on the first images of val then gets the whole budget. One thread: no CPU time is lost
+in waiting for another.
 
 A plain loop, self-contained, given everything known to help so that the comparison is fair: an
 AdamW of one learning rate, warm-up and cosine over the budget, BCE + dice + IoU error, box prompts
@@ -38,6 +40,8 @@ from PIL import Image
 from pycocotools import mask as coco_rle
 from torch import Tensor, nn
 from transformers import SamConfig, SamModel
+
+from sam_train import allocator
 
 LOG = logging.getLogger("transformers_baseline")
 IMG_SIZE = 256  # model input, pixels
@@ -551,44 +555,67 @@ def parse_args() -> argparse.Namespace:
     default_out = Path("outputs/benchmarks/transformers_baseline")
     parser.add_argument("--out", type=Path, default=default_out)
     parser.add_argument("--cpu-seconds", type=float, default=1800.0, help="of all threads together")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--trial-seconds", type=float, default=300.0, help="likewise, of a trial")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bce-weight", type=float, default=1.0)
     parser.add_argument("--dice-weight", type=float, default=1.0)
     parser.add_argument("--iou-weight", type=float, default=1.0)
-    parser.add_argument("--eval-images", type=int, default=None, help="all of val by default")
+    parser.add_argument(
+        "--trial-images", type=int, default=40, help="of val, to choose the rate on"
+    )
     return parser.parse_args()
 
 
-def main() -> None:
-    """Trains, saves a Hugging Face folder and `result.json`, evaluates on nuclei val."""
-    args = parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(args.threads)
-    cv2.setNumThreads(1)
+def run(args: argparse.Namespace, lr: float, cpu_seconds: float, out: Path) -> dict[str, Any]:
+    """Trains one model from the same random start, and saves a Hugging Face folder and `result.json`."""
     torch.manual_seed(args.seed)
-    shards = {
-        split: sorted((args.data / "nuclei").glob(f"{split}-*.tar")) for split in ("train", "val")
-    }
-    if not all(shards.values()):
-        raise SystemExit(f"no nuclei shards below {args.data}: name the data folder with --data")
-    args.out.mkdir(parents=True, exist_ok=True)
+    model = build_model()
+    out.mkdir(parents=True, exist_ok=True)
 
     def save(result: dict[str, Any]) -> None:
-        model.save_pretrained(args.out)
-        (args.out / "result.json").write_text(json.dumps(result, indent=1))
+        model.save_pretrained(out)
+        (out / "result.json").write_text(json.dumps(result, indent=1))
 
-    model = build_model()
-    examples = read_shards(shards["train"])
-    LOG.info("%d images, %d masks", len(examples), sum(len(e.patches) for e in examples))
     model.train()
-    result = train(model, batches(examples, args.seed), args, save)
-    save(result)
+    examples = read_shards(shards_of(args.data, "train"))
+    settings = argparse.Namespace(**{**vars(args), "lr": lr, "cpu_seconds": cpu_seconds})
+    result = train(model, batches(examples, args.seed), settings, save)
     model.eval()
-    result["val"] = evaluate(model, read_shards(shards["val"])[: args.eval_images])
-    LOG.info("%s", result["val"])
+    is_trial = cpu_seconds < args.cpu_seconds
+    val = read_shards(shards_of(args.data, "val"))
+    result["val"] = evaluate(model, val[: args.trial_images if is_trial else None])
+    LOG.info("lr %g, %.0f s: %s", lr, cpu_seconds, result["val"])
     save(result)
+    return result
+
+
+def shards_of(data: Path, split: str) -> list[Path]:
+    shards = sorted((data / "nuclei").glob(f"{split}-*.tar"))
+    if not shards:
+        raise SystemExit(f"no nuclei shards below {data}: name the data folder with --data")
+    return shards
+
+
+def main() -> None:
+    """Chooses the learning rate, trains with it and evaluates on all of nuclei val."""
+    args = parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    allocator.keep_freed_memory()  # as our own commands do
+    torch.set_num_threads(args.threads)
+    cv2.setNumThreads(1)
+    best = args.lr[0]
+    if len(args.lr) > 1:
+        trials = {
+            lr: run(args, lr, args.trial_seconds, args.out / f"trial_{lr:g}")["val"]
+            for lr in args.lr
+        }
+        best = max(trials, key=lambda lr: trials[lr]["mean_iou@1"] + trials[lr]["box_mean_iou"])
+    val = run(args, best, args.cpu_seconds, args.out)["val"]
+    print(
+        f"lr {best:g}: mean_iou@1 {val['mean_iou@1']:.3f}, box_mean_iou {val['box_mean_iou']:.3f}"
+    )
 
 
 if __name__ == "__main__":

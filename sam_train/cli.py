@@ -27,6 +27,8 @@ from sam_train import allocator, cli_arguments, cli_errors, config
 if TYPE_CHECKING:
     import lightning
 
+log = logging.getLogger(__name__)
+
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "SAM_TRAIN_TRACEBACK"
 NO_NEWS = (
@@ -74,6 +76,11 @@ def evaluate(cfg: DictConfig) -> None:
     _prepare_host()
     config.pin(cfg)
     source = config.instantiate(cfg.data.val)
+    if source == config.instantiate(cfg.data.train):
+        log.warning(
+            "measuring on all images of the path; a run that trained on it held back a tenth. "
+            "data.val_path=PATH names others"
+        )
     protocol = config.instantiate(cfg.protocol)
     model = load_model(cfg.checkpoint, device=_device(cfg.device))
     folder = _evaluated_run(cfg) / "eval" / cfg.name
@@ -140,6 +147,14 @@ def _fit(
     try:
         with _quiet_lightning():
             trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    except (RuntimeError, ValueError, KeyError) as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        if resumed is None or not any(frame.name.startswith("restore") for frame in frames):
+            raise
+        raise ValueError(
+            f"{resumed} does not fit this configuration: {str(error).splitlines()[0]} Choose another "
+            f"run_dir=PATH; checkpoint={resumed} starts from its weights there, if they fit"
+        ) from error
     except SystemExit:
         # Lightning turns Ctrl-C into exit code 1, once its callbacks have saved.
         if trainer.interrupted:

@@ -211,6 +211,11 @@ class SamDataModule(lightning.LightningDataModule):
         for role, source in (("train", self.train), ("val", self.val)):
             records = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
             if next(records, None) is None:
+                if isinstance(source, HeldOut):
+                    raise UnusableSourceError(
+                        f"of so few images none is held out for data.{role}: name others with "
+                        "data.val_path=PATH"
+                    )
                 raise UnusableSourceError(f"data.{role} holds no image: {source}")
 
     def train_dataloader(self) -> TrainLoader:

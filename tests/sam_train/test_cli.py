@@ -179,6 +179,14 @@ def test_a_mistake_gets_one_message_and_exit_code_2(
         assert part in text
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_a_mistake(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run("eval", ["checkpoint=a.pth", f"device={device}"]) == 2
+    assert f"expected device=cpu, cuda, cuda:1 or auto, got {device}" in message(capsys)
+
+
 def test_the_traceback_of_a_mistake_can_be_asked_for(
     train: Train, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 import functools
 import http.server
+import json
 import logging
 import pickle
 import shutil
@@ -11,6 +12,7 @@ import pytest
 from sam_train.data import shards
 from sam_train.data.sa1b import ShardSource, splits_by_shard
 from sam_train.data.source import DamagedSampleError, UnusableSourceError, readable
+from sam_train.data.transforms import ToSample
 
 
 def keys(source, *, epoch=0, reader=0, num_readers=1, shuffle=False):
@@ -212,6 +214,28 @@ def test_a_corrupt_image_counts_when_it_is_looked_at(tmp_path, make, caplog):
     strict = ShardSource(path=str(tmp_path), max_bad_fraction=0)
     with pytest.raises(UnusableSourceError):
         list(readable(strict.records(epoch=0, reader=0, num_readers=1, shuffle=False)))
+
+
+def test_damaged_run_lengths_count_when_they_are_drawn(tmp_path, make, caplog):
+    files = make.files(make.square("bad"))
+    content = json.loads(files["bad.json"])
+    content["annotations"][0]["segmentation"]["counts"] = "04"  # 4 of the pixels
+    files["bad.json"] = json.dumps(content).encode()
+    make.tar(tmp_path / "a.tar", files | make.files(make.square("a")))
+    transform = ToSample(img_size=32, mask_size=16)
+
+    def samples(max_bad_fraction):
+        source = ShardSource(path=str(tmp_path), max_bad_fraction=max_bad_fraction)
+        for record in source.records(epoch=0, reader=0, num_readers=1, shuffle=False):
+            try:
+                yield transform(record, 0).key
+            except DamagedSampleError:
+                continue
+
+    assert list(samples(0.5)) == ["a"]
+    assert "a.tar:bad is damaged" in caplog.text and "1 of 2 samples" in caplog.text
+    with pytest.raises(UnusableSourceError, match="a.tar:bad"):
+        list(samples(0))
 
 
 def test_a_shard_that_breaks_off_is_counted_and_the_next_is_read(tmp_path, make, caplog):

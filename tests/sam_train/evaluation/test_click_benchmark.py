@@ -11,6 +11,8 @@ from PIL import Image
 from torch import nn
 
 from sam_train import config
+from sam_train.data.source import DamagedSampleError
+from sam_train.evaluation import click_benchmark
 from sam_train.evaluation.click_benchmark import (
     ClickBenchmark,
     ObjectScore,
@@ -236,3 +238,49 @@ def test_the_protocol_is_a_config():
     assert config.instantiate(cfg.protocol) == ClickBenchmark(
         simulator=SIMULATOR, max_masks=50, seed=3
     )
+
+
+@pytest.mark.parametrize("part", ["image", "mask"])
+def test_a_damaged_sample_is_left_out_of_the_evaluation(tmp_path, part):
+    class OneDamaged(Discs):
+        def record(self, index: int) -> ImageRecord:
+            def damaged(reason: object = "it cannot be read") -> Exception:
+                return DamagedSampleError(f"image-1: {reason}")
+
+            def load() -> np.ndarray:
+                raise damaged()
+
+            record = super().record(index)
+            if index != 1:
+                return record
+            if part == "image":
+                return dataclasses.replace(record, load=load)
+            broken = dataclasses.replace(
+                record.annotations[0], rle={"size": list(record.size), "counts": "04"}
+            )
+            return dataclasses.replace(record, annotations=(broken,), damaged=damaged)
+
+    result = ClickBenchmark(simulator=SIMULATOR).run(DiscModel(), OneDamaged(), tmp_path)
+
+    assert result["num_images"] == 3
+    assert {row["key"] for row in read_table(tmp_path)} == {"image-0", "image-2", "image-3"}
+
+
+def test_a_result_is_there_before_its_pictures_are_drawn(tmp_path, monkeypatch):
+    def fails(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(click_benchmark, "save_image", fails)
+    with pytest.raises(OSError, match="no space left"):
+        ClickBenchmark(simulator=SIMULATOR).run(DiscModel(), Discs(), tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_masks"] == 12
+
+
+def test_a_folder_that_cannot_be_made_is_known_before_the_clicks(tmp_path):
+    class NeverAsked:
+        def records(self, **kwargs: object) -> None:
+            raise AssertionError("clicks were made for nothing")
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError):
+        ClickBenchmark(simulator=SIMULATOR).run(DiscModel(), NeverAsked(), tmp_path / "file" / "a")

@@ -349,3 +349,27 @@ def test_ctrl_c_in_a_process_of_its_own_leaves_a_run_that_goes_on(
     assert {step: resumed[step] for step in losses} == losses
     start = rows(tmp_path, "val/mean_iou@1")[0]
     assert result(tmp_path)["metrics"]["start_mean_iou@1"] == pytest.approx(start)
+
+
+def test_a_checkpoint_of_another_model_cannot_be_forced_on_a_run(
+    train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("trainer.max_steps=2") == 0
+    capsys.readouterr()
+
+    forced = train(
+        "trainer.max_steps=4", "model.mask_decoder.transformer.mlp_dim=32", "resume=force"
+    )
+
+    assert forced == 2
+    said = capsys.readouterr().err
+    assert "last.ckpt does not fit this configuration" in said
+    assert "Choose another run_dir=PATH" in said
+
+
+def test_a_run_may_go_on_with_more_clicks_in_validation(train: Run, tmp_path: Path) -> None:
+    assert train("trainer.max_steps=2", "task.val_prompts.num_corrections=0") == 0
+    forced = ["trainer.max_steps=3", "task.val_prompts.num_corrections=2", "resume=force"]
+    assert train(*forced) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
+    assert "mean_iou@3" in metrics

@@ -279,8 +279,16 @@ def test_mixed_precision_keeps_the_loss_in_float32(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "policy",
+    [
+        ["++prompts.mask_prob=0.5"],
+        ["task=from_scratch", "task.first_guess.alone_share=0"],
+        ["task=from_scratch", "task.first_guess.alone_share=1"],
+    ],
+)
 def test_two_processes_take_the_step_of_one(
-    toy: list[str], blobs: ImageBatch, tmp_path: Path
+    toy: list[str], blobs: ImageBatch, tmp_path: Path, policy: list[str]
 ) -> None:
     # Three masks on one process, one on the other.
     batch = blobs._replace(
@@ -290,7 +298,7 @@ def test_two_processes_take_the_step_of_one(
     )
     torch.save(dict(batch._asdict()), tmp_path / "batch.pt")
     script = Path(__file__).with_name("steps_of_processes.py")
-    overrides = [*toy, "prompts.num_corrections=2", "++prompts.mask_prob=0.5"]
+    overrides = [*toy, "prompts.num_corrections=2", *policy]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
     done = subprocess.run(

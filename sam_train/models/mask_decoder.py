@@ -109,7 +109,9 @@ class MaskDecoder(nn.Module):
             image_embeddings: (N, C, h, w). Without `image_index`, N is 1, one image for all prompts.
             image_pe: (1, C, h, w) position code of the image tokens.
             sparse_prompt_embeddings: (P, T, C) of points and boxes.
-            dense_prompt_embeddings: (P, C, h, w) of masks.
+            dense_prompt_embeddings: (P, C, h, w) of masks. With a first guess, all three embeddings hold
+                what the model's own encoders add for it (`PromptEncoder.feeds_guess`,
+                `TimmEncoder.high_res_chans`).
             multimask_output: the candidates, else the single mask's token.
             image_index: (P,) the image that each prompt belongs to.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,8 +59,6 @@ def test_a_recipe_opens_with_its_command_and_says_what_it_costs(name: str) -> No
     assert f"sam-train experiment={name}" in head
     assert "# Hardware: " in head
     assert any(unit in head for unit in ("minute", "hour", "day"))
-    # Measured, or marked as the paper's.
-    assert re.search(r"# Score.*\d\.\d", head, re.DOTALL)
 
 
 @pytest.mark.usefixtures("ctrl_c_restored")

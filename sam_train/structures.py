@@ -18,6 +18,10 @@ PADDING, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
 """The point labels of `Prompts`, as in the published prompt encoder and its ONNX form."""
 
 
+Cursor = tuple[Any, ...]
+"""Where a stream of records goes on: plain numbers, nested; () is its beginning."""
+
+
 class Prompts(NamedTuple):
     """What the annotator has said so far about P objects.
 
@@ -91,6 +95,8 @@ class ImageRecord:
         load: returns the (H, W, 3) uint8 RGB pixels.
         source: the data set's name, for logs and per-source scores.
         damaged: takes the reason why this record cannot be used after all and returns what to raise.
+        cursor: where the stream that gave this record goes on after it.
+        epoch: how often its own source was gone through before, where a mixture draws from several.
     """
 
     key: str
@@ -99,6 +105,8 @@ class ImageRecord:
     load: Callable[[], np.ndarray]
     source: str = ""
     damaged: Callable[[object], Exception] = ValueError
+    cursor: Cursor = ()
+    epoch: int = 0
 
     @cached_property
     def image(self) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sam_train.data.collate import collate, pack
+from sam_train.data.mixture import BySource, named, parts_of
 from sam_train.data.source import (
     DamagedSampleError,
     HeldOut,
@@ -26,7 +28,7 @@ from sam_train.data.source import (
     sample_seed,
 )
 from sam_train.data.transforms import ToSample
-from sam_train.structures import ImageBatch, ImageRecord, ImageSample
+from sam_train.structures import Cursor, ImageBatch, ImageRecord, ImageSample
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +36,15 @@ HELD_OUT_SHARE = 0.1
 """Of the training images, validated on instead where no others are given."""
 
 
+MOST_WITHOUT_MASKS = 10_000
+"""Images in a row without a mask to train on after which a reader gives up: a mixture has no end."""
+
+
 class Position(NamedTuple):
-    """How far one reader has come: records taken, in which epoch."""
+    """How far one reader has come: in which epoch, and where in it (see `Source.records`)."""
 
     epoch: int = 0
-    consumed: int = 0
+    cursor: Cursor = ()
 
 
 @dataclass(kw_only=True)
@@ -56,7 +62,7 @@ class TrainStream(IterableDataset):
     """
 
     source: Source
-    transform: ToSample
+    transform: ToSample | BySource
     batch_size: int
     max_masks_per_batch: int | None
     seed: int
@@ -95,22 +101,23 @@ class TrainStream(IterableDataset):
         start = self.starts[local] if self.starts else Position()
         reader, num_readers = self.rank * num_workers + local, self.world_size * num_workers
         for epoch in itertools.count(start.epoch):
-            skipped = start.consumed if epoch == start.epoch else 0
-            is_empty = skipped == 0
+            cursor = start.cursor if epoch == start.epoch else ()
+            is_empty, num_without = not cursor, 0
             records = self.source.records(
-                epoch=epoch, reader=reader, num_readers=num_readers, shuffle=True
+                epoch=epoch, reader=reader, num_readers=num_readers, shuffle=True, start=cursor
             )
-            for index, record in enumerate(records):
-                if index < skipped:
-                    continue
+            for record in records:
+                seed = sample_seed(self.seed, epoch + record.epoch, record.key)
                 try:
-                    sample = self.transform(record, sample_seed(self.seed, epoch, record.key))
+                    sample = self.transform(record, seed)
                 except DamagedSampleError:
                     continue
                 if sample is not None:
-                    is_empty = False
-                    yield Position(epoch, index + 1), sample
-            if is_empty:
+                    is_empty, num_without = False, 0
+                    yield Position(epoch, record.cursor), sample
+                elif (num_without := num_without + 1) >= MOST_WITHOUT_MASKS:
+                    break
+            if is_empty or num_without >= MOST_WITHOUT_MASKS:
                 raise UnusableSourceError(
                     f"reader {reader + 1} of {num_readers} found no image with a mask to train on: "
                     "there are fewer images than readers (lower data.num_workers), or every mask is "
@@ -154,7 +161,7 @@ class SamDataModule(lightning.LightningDataModule):
         *,
         train: Source,
         val: Source,
-        train_transform: ToSample,
+        train_transform: ToSample | BySource,
         batch_size: int,
         max_masks_per_batch: int | None = None,
         num_workers: int = 0,
@@ -250,13 +257,23 @@ class SamDataModule(lightning.LightningDataModule):
         """The images and masks of validation while training, of all processes together."""
         assert self.max_val_masks is not None
         if self._val_subset is None:
-            self._val_subset = choose_masks(
-                self.val,
-                max_masks=self.max_val_masks,
-                max_masks_per_image=self.max_val_masks_per_image,
-                seed=self.val_seed,
-            )
+            parts = parts_of(self.val)
+            self._val_subset = [
+                named(record, name) if name else record
+                for name, source in parts.items()
+                for record in choose_masks(
+                    source,
+                    max_masks=math.ceil(self.max_val_masks / len(parts)),
+                    max_masks_per_image=self.max_val_masks_per_image,
+                    seed=self.val_seed,
+                )
+            ]
         return self._val_subset
+
+    @property
+    def val_sources(self) -> tuple[str, ...]:
+        """The names of the data sets validated on, where there are several."""
+        return tuple(filter(None, parts_of(self.val)))
 
     def transfer_batch_to_device(
         self, batch: Any, device: torch.device, dataloader_idx: int
@@ -277,13 +294,13 @@ class SamDataModule(lightning.LightningDataModule):
             "num_readers": self._world_size() * len(self._positions),
             "num_batches": self._num_batches,
             "epochs": [position.epoch for position in self._positions],
-            "consumed": [position.consumed for position in self._positions],
+            "cursors": [position.cursor for position in self._positions],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there; with another number of readers, from the epoch after."""
         if state_dict["num_readers"] == self._world_size() * len(self._positions):
-            pairs = zip(state_dict["epochs"], state_dict["consumed"], strict=True)
+            pairs = zip(state_dict["epochs"], state_dict["cursors"], strict=True)
             self._positions = [Position(*pair) for pair in pairs]
             self._num_batches = state_dict["num_batches"]
         else:

@@ -5,45 +5,62 @@ from __future__ import annotations
 import glob
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 from urllib.parse import urlparse
 
-import numpy as np
-from webdataset import tariterators
-from webdataset.gopen import gopen, rewrite_url
+from webdataset.gopen import rewrite_url
 from webdataset.shardlists import expand_urls
 
 from sam_train.data.shards import IMAGE_SUFFIXES, decode_record
 from sam_train.data.source import (
     DamagedSampleError,
     DamageTally,
+    ImageCache,
     sample_seed,
 )
-from sam_train.structures import ImageRecord
+from sam_train.data.tar_samples import TarSample, local_path, read_samples
+from sam_train.structures import Cursor, ImageRecord
 
 WHOLE_SHARDS_PER_READER = 8
 """From this many shards a reader on, an uneven split by whole shards counts as fair."""
 
+END = 2**62
+"""A byte behind the end of any shard."""
 
-class ImageCache:
-    """Decoded images by name, up to a number of bytes; left behind when sent to another process."""
 
-    def __init__(self) -> None:
-        self.images: dict[str, np.ndarray] = {}
-        self.num_bytes = 0
+class WindowStart(NamedTuple):
+    """Where a window of samples to shuffle among begins in a reader's shards.
 
-    def offer(self, name: str, image: np.ndarray, max_bytes: float) -> None:
-        """Keeps the image if there is room; what is in stays, as an epoch runs round to it again."""
-        if self.num_bytes + image.nbytes <= max_bytes:
-            self.images[name] = image
-            self.num_bytes += image.nbytes
+    Attributes:
+        shard: number in the reader's order.
+        byte: in that shard.
+        samples: how many came before it.
+    """
 
-    def __reduce__(self) -> tuple[type[ImageCache], tuple[()]]:
-        return ImageCache, ()
+    shard: int = 0
+    byte: int = 0
+    samples: int = 0
+
+
+class _Item(NamedTuple):
+    """A sample, or in its place what is wrong with the rest of a shard."""
+
+    shard: str
+    sample: TarSample | None
+    broken: str = ""
+
+    @property
+    def num_bytes(self) -> int:
+        return 1 if self.sample is None else self.sample.num_bytes
+
+    @property
+    def end(self) -> int:
+        """Byte at which the next one begins: beyond all where the shard is broken off."""
+        return END if self.sample is None else self.sample.end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +78,8 @@ class ShardSource:
             several of these joined by "::", or a list.
         name: the data set's name, for logs and per-source scores.
         seed: of the order, if shuffled.
-        shuffle_buffer_mb: undecoded samples that each reader shuffles among.
+        shuffle_buffer_mb: undecoded samples that each reader shuffles among, one such window after
+            the other.
         cache_mb: decoded images kept in memory, by all readers together.
         max_bad_fraction: of samples that may be damaged; each is logged and left out.
         allow_pipe: whether to take `pipe:` URLs, which run a shell command.
@@ -87,8 +105,8 @@ class ShardSource:
             FileNotFoundError: nothing lies at the path.
             ValueError: a shard is a `pipe:` and those are not allowed.
         """
-        paths = [self.path] if isinstance(self.path, str) else list(self.path)
-        shards = [shard for path in paths for shard in _expand(str(path))]
+        stated = [self.path] if isinstance(self.path, str) else list(self.path)
+        shards = [shard for path in stated for shard in _expand(str(path))]
         for shard in shards:
             # webdataset may rewrite a URL before it opens it, so the outcome is what counts.
             if not self.allow_pipe and urlparse(rewrite_url(shard)).scheme == "pipe":
@@ -101,7 +119,8 @@ class ShardSource:
                 "as sam-convert writes them. For a named set, conf/data says where to get it, and "
                 "paths.data (the variable SAM_TRAIN_DATA) where it is looked for"
             )
-        absent = [shard for shard in shards if _is_local(shard) and not Path(shard).is_file()]
+        paths = [local_path(shard) for shard in shards]
+        absent = [path for path in paths if path is not None and not Path(path).is_file()]
         if absent:
             raise FileNotFoundError(
                 f"no file {absent[0]}"
@@ -111,56 +130,80 @@ class ShardSource:
         return shards
 
     def records(
-        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool
+        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool, start: Cursor = ()
     ) -> Iterator[ImageRecord]:
-        """See `Source.records`; damaged samples are counted, and left out here or when looked at."""
+        """See `Source.records`; damaged samples are counted, and left out here or when looked at.
+
+        Shuffled within windows of `shuffle_buffer_mb` that are read one after the other: to go on, a
+        reader opens the one shard in which its window begins, there.
+        """
         shards = self.shards()
-        order = random.Random(sample_seed(self.seed, epoch, "shards"))
         if shuffle:
-            order.shuffle(shards)
+            random.Random(sample_seed(self.seed, epoch, "shards")).shuffle(shards)
         by_shard = splits_by_shard(len(shards), num_readers)
-        tally = DamageTally(self.name, self.max_bad_fraction)
-        samples = _samples(shards[reader::num_readers] if by_shard else shards, tally)
-        if shuffle:
-            # Where all read all, all must shuffle alike.
-            stream = reader if by_shard else 0
-            buffer = random.Random(sample_seed(self.seed, epoch, f"samples/{stream}"))
-            samples = _shuffled(samples, buffer, self.shuffle_buffer_mb * 2**20)
-        for index, sample in enumerate(samples):
-            if by_shard or index % num_readers == reader:
+        if by_shard:
+            shards = shards[reader::num_readers]
+        # Where all read all, all must shuffle alike.
+        stream = reader if by_shard else 0
+        window, num_given, seen, num_bad = start or (WindowStart(), 0, 0, 0)
+        window = WindowStart(*window)
+        tally = DamageTally(self.name, self.max_bad_fraction, seen, num_bad)
+        while (found := self._window(shards, window, shuffle)) is not None:
+            items, following = found
+            order = list(range(len(items)))
+            if shuffle:
+                name = f"samples/{stream}/{window.shard}/{window.byte}"
+                random.Random(sample_seed(self.seed, epoch, name)).shuffle(order)
+            for place in range(num_given, len(items)):
+                item = items[order[place]]
+                # Let go of what was given out: the window would else be held to its end.
+                items[order[place]] = None
+                if item is None or not (
+                    by_shard or (window.samples + place) % num_readers == reader
+                ):
+                    continue
                 try:
-                    yield self._record(sample, tally, num_readers)
+                    record = self._record(item, tally, num_readers)
                 except DamagedSampleError:
                     continue
+                yield replace(
+                    record, cursor=(tuple(window), place + 1, tally.seen, tally.num_bad)
+                )
+            window, num_given = following, 0
         tally.finish()
 
-    def _record(self, sample: dict[str, Any], tally: DamageTally, num_readers: int) -> ImageRecord:
+    def _window(
+        self, shards: Sequence[str], start: WindowStart, shuffle: bool
+    ) -> tuple[list[_Item | None], WindowStart] | None:
+        """The next samples to shuffle among, and where those after them begin; None at the end."""
+        max_bytes = self.shuffle_buffer_mb * 2**20 if shuffle else 0
+        items: list[_Item | None] = []
+        num_bytes = 0
+        for shard in range(start.shard, len(shards)):
+            byte = start.byte if shard == start.shard else 0
+            if byte == END:
+                continue
+            for item in _items(shards[shard], byte):
+                items.append(item)
+                num_bytes += item.num_bytes
+                if num_bytes > max_bytes:
+                    return items, WindowStart(shard, item.end, start.samples + len(items))
+        return (items, WindowStart(len(shards), 0, start.samples + len(items))) if items else None
+
+    def _record(self, item: _Item, tally: DamageTally, num_readers: int) -> ImageRecord:
         tally.seen += 1
-        key = sample["__key__"].removeprefix("./")
-        name = f"{sample['__url__']}:{key}"
-        files = {suffix: data for suffix, data in sample.items() if not suffix.startswith("__")}
+        if item.sample is None:
+            raise tally.damaged(item.shard, item.broken)
+        key, files, _ = item.sample
+        name = f"{item.shard}:{key}"
         try:
             record = decode_record(key, files, self.name)
         except ValueError as error:
             raise tally.damaged(name, error) from None
-        cache_bytes = self.cache_mb * 2**20 / num_readers
-        return replace(
-            record,
-            load=partial(self._load, name, record.load, tally, cache_bytes),
-            damaged=partial(tally.damaged, name),
+        load = partial(
+            self._cache.load, name, record.load, tally, self.cache_mb * 2**20 / num_readers
         )
-
-    def _load(
-        self, name: str, load: Callable[[], np.ndarray], tally: DamageTally, cache_bytes: float
-    ) -> np.ndarray:
-        image = self._cache.images.get(name)
-        if image is None:
-            try:
-                image = load()
-            except ValueError as error:
-                raise tally.damaged(name, error) from None
-            self._cache.offer(name, image, cache_bytes)
-        return image
+        return replace(record, load=load, damaged=partial(tally.damaged, name))
 
     def _path_text(self) -> str:
         return self.path if isinstance(self.path, str) else ", ".join(map(str, self.path))
@@ -177,7 +220,7 @@ def _expand(path: str) -> list[str]:
         return sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else [path]
     shards = []
     for url in expand_urls(path):
-        if not _is_local(url):
+        if local_path(url) != url:
             shards.append(url)
         elif Path(url).is_dir():
             shards += sorted(map(str, Path(url).glob("*.tar")))
@@ -186,50 +229,19 @@ def _expand(path: str) -> list[str]:
     return shards
 
 
-def _is_local(url: str) -> bool:
-    return urlparse(url).scheme == "" and url != "-"
-
-
-def _samples(shards: Iterable[str], tally: DamageTally) -> Iterator[dict[str, Any]]:
-    """Files grouped by key, as they lie; a shard that breaks off is counted and read no further."""
-    for shard in shards:
-        try:
-            with gopen(shard) as stream:
-                files = tariterators.tar_file_expander(
-                    [{"url": shard, "stream": stream}], select_files=_is_wanted
-                )
-                yield from tariterators.group_by_keys(files)
-        except Exception as error:  # whatever the URL's scheme, tarfile and webdataset raise
-            tally.seen += 1
-            tally.damaged(shard, error.args[0] if error.args else error)
+def _items(shard: str, start: int) -> Iterator[_Item]:
+    """A shard's samples, and what is wrong with it at the end."""
+    is_empty = start == 0
+    try:
+        for sample in read_samples(shard, _is_wanted, start):
+            is_empty = False
+            yield _Item(shard, sample)
+    except Exception as error:  # whatever the URL's scheme and tarfile raise
+        yield _Item(shard, None, str(error.args[0] if error.args else error))
+    else:
+        if is_empty:
+            yield _Item(shard, None, "it holds no image and no JSON")
 
 
 def _is_wanted(file_name: str) -> bool:
-    return file_name.lower().endswith((".json", *(f".{suffix}" for suffix in IMAGE_SUFFIXES)))
-
-
-def _shuffled(
-    samples: Iterable[dict[str, Any]], order: random.Random, max_bytes: float
-) -> Iterator[dict[str, Any]]:
-    """Gives out samples at random from a buffer of `max_bytes`, and at the end what is left in it."""
-    buffer: list[dict[str, Any]] = []
-    num_bytes = 0
-
-    def draw() -> dict[str, Any]:
-        index = order.randrange(len(buffer))
-        buffer[index], buffer[-1] = buffer[-1], buffer[index]
-        return buffer.pop()
-
-    for sample in samples:
-        buffer.append(sample)
-        num_bytes += _num_bytes(sample)
-        while num_bytes > max_bytes and buffer:
-            drawn = draw()
-            num_bytes -= _num_bytes(drawn)
-            yield drawn
-    while buffer:
-        yield draw()
-
-
-def _num_bytes(sample: dict[str, Any]) -> int:
-    return sum(len(data) for data in sample.values() if isinstance(data, bytes))
+    return file_name.endswith((".json", *(f".{suffix}" for suffix in IMAGE_SUFFIXES)))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from sam_train.structures import ImageRecord
+import numpy as np
+
+from sam_train.structures import Cursor, ImageRecord
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +19,14 @@ class Source(Protocol):
     """A data set as a stream of images with their masks."""
 
     def records(
-        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool
+        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool, start: Cursor = ()
     ) -> Iterator[ImageRecord]:
         """The part of one epoch that falls to one of several readers.
 
-        A pure function of its arguments and the source's own seed, so that a stream can be taken up
-        where it was left; the readers of an epoch see every sample exactly once between them.
+        A pure function of its arguments and the source's own seed; the readers of an epoch see every
+        sample exactly once between them. Each record carries a cursor: given back as `start`, with the
+        other arguments unchanged, the stream goes on with the record after it, without reading again
+        what came before. Cursors are plain values, to be kept in checkpoints.
         """
         ...
 
@@ -55,10 +59,11 @@ class HeldOut:
             raise ValueError(f"keep is 'held_out' or 'rest', got {self.keep!r}")
 
     def records(
-        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool
+        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool, start: Cursor = ()
     ) -> Iterator[ImageRecord]:
+        """See `Source.records`."""
         for record in self.source.records(
-            epoch=epoch, reader=reader, num_readers=num_readers, shuffle=shuffle
+            epoch=epoch, reader=reader, num_readers=num_readers, shuffle=shuffle, start=start
         ):
             is_held_out = sample_seed(0, 0, record.key) < self.share * 2**63
             if is_held_out == (self.keep == "held_out"):
@@ -91,35 +96,68 @@ class DamageTally:
         source: the data set's name.
         max_bad_fraction: the share of damaged samples that is still let pass.
         seen: samples met, damaged or not.
-        bad: names of the damaged ones.
+        num_bad: how many were damaged, before a restart too.
+        names: of those met since.
     """
 
     source: str
     max_bad_fraction: float
     seen: int = 0
-    bad: list[str] = field(default_factory=list)
+    num_bad: int = 0
+    names: list[str] = field(default_factory=list)
 
     # A pass is judged at its end; before that, only by more damage than its first samples may hold.
     GRACE = 100
 
     def damaged(self, name: str, reason: object) -> DamagedSampleError:
         """Logs a damaged sample and returns the error to skip it by; raises if it is one too many."""
-        self.bad.append(name)
+        self.num_bad += 1
+        self.names.append(name)
         log.warning("%s: %s is damaged and left out: %s", self.source, name, reason)
         self._check(max(self.seen, self.GRACE))
         return DamagedSampleError(f"{name}: {reason}")
 
     def finish(self) -> None:
         """Judges the whole pass."""
-        if self.bad:
-            log.warning("%s: %d of %d samples are damaged", self.source, len(self.bad), self.seen)
+        if self.num_bad:
+            log.warning("%s: %d of %d samples are damaged", self.source, self.num_bad, self.seen)
         self._check(self.seen)
 
     def _check(self, seen: int) -> None:
-        if len(self.bad) > self.max_bad_fraction * seen:
-            names = ", ".join(self.bad[:5]) + (", ..." if len(self.bad) > 5 else "")
+        if self.num_bad > self.max_bad_fraction * seen:
+            names = ", ".join(self.names[:5]) + (", ..." if self.num_bad > 5 else "")
             raise UnusableSourceError(
-                f"{self.source}: {len(self.bad)} of {self.seen} samples read are damaged ({names}), "
+                f"{self.source}: {self.num_bad} of {self.seen} samples read are damaged ({names}), "
                 f"more than max_bad_fraction={self.max_bad_fraction} allows; each is named with its "
                 "reason in the log. Mend the shards, or raise max_bad_fraction"
             )
+
+
+class ImageCache:
+    """Decoded images by name, up to a number of bytes; left behind when sent to another process."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, np.ndarray] = {}
+        self.num_bytes = 0
+
+    def load(
+        self, name: str, load: Callable[[], np.ndarray], tally: DamageTally, max_bytes: float
+    ) -> np.ndarray:
+        """The image of this name, decoded by `load` if it is not here; counts one that cannot be.
+
+        It is kept if there is room; what is in stays, as an epoch runs round to it again.
+        """
+        image = self.images.get(name)
+        if image is not None:
+            return image
+        try:
+            image = load()
+        except (ValueError, OSError) as error:
+            raise tally.damaged(name, error) from None
+        if self.num_bytes + image.nbytes <= max_bytes:
+            self.images[name] = image
+            self.num_bytes += image.nbytes
+        return image
+
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[()]]:
+        return ImageCache, ()

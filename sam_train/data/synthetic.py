@@ -6,7 +6,7 @@ Scene i of a split follows from the seed alone, so every reader, process and mac
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from numpy.random import Generator
 from sam_train.data.synthetic_canvas import Canvas, photograph
 from sam_train.data.synthetic_layouts import LAYOUTS
 from sam_train.ops import rle
-from sam_train.structures import Annotation, ImageRecord
+from sam_train.structures import Annotation, Cursor, ImageRecord
 
 MIN_AREA_PX = 40
 MIN_VISIBLE_SHARE = 0.15
@@ -98,7 +98,7 @@ class SyntheticSource:
         return int(height), int(width)
 
     def records(
-        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool
+        self, *, epoch: int, reader: int, num_readers: int, shuffle: bool, start: Cursor = ()
     ) -> Iterator[ImageRecord]:
         """This reader's share of an epoch: every `num_readers`-th scene of the epoch's order."""
         order = np.arange(self.num_scenes)
@@ -106,11 +106,13 @@ class SyntheticSource:
             order = np.random.default_rng([ORDER_STREAM, epoch, self.seed]).permutation(order)
         height, width = self._height_width
         keep = int(self.cache_mb * 2**20 / num_readers / (3 * height * width))
-        for index in order[reader::num_readers].tolist():
+        (num_done,) = start or (0,)
+        mine = order[reader::num_readers][num_done:].tolist()
+        for place, index in enumerate(mine, start=num_done + 1):
             record = self._cache.get(index) or self.record(index)
             if len(self._cache) < keep:
                 self._cache[index] = record
-            yield record
+            yield replace(record, cursor=(place,))
 
     def record(self, index: int) -> ImageRecord:
         """Makes scene `index` of the split."""

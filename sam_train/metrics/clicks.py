@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,17 +70,23 @@ class ClickMetrics:
     runs. `iou_prediction_mae` is how far the predicted IoU is from the true one, over the reported
     clicks of all masks. A size of which there is no object is left out.
 
+    Of several sources each has its own means, `SOURCE/NAME`, and `NAME` is the mean of these: a set of
+    many masks does not drown the others (the paper's way with its 23).
+
     Args:
         num_clicks: K, clicks made on each object (unless it was finished before).
+        sources: names of the data sets that are told apart.
     """
 
-    def __init__(self, num_clicks: int) -> None:
+    def __init__(self, num_clicks: int, sources: Sequence[str] = ()) -> None:
         if num_clicks < 1:
             raise ValueError(f"num_clicks is 1 or more, got {num_clicks}")
+        self.sources = tuple(sources)
         self.num_reported = min(num_clicks, REPORTED_CLICKS)
         self.has_noc = num_clicks >= NOC_CAP
-        self.totals = torch.zeros(len(SIZE_SUFFIXES), len(self.names), 2, dtype=torch.float64)
-        """(sizes, names, 2): sum and number of values; ranks add theirs up."""
+        shape = max(1, len(self.sources)), len(SIZE_SUFFIXES), len(self.names), 2
+        self.totals = torch.zeros(shape, dtype=torch.float64)
+        """(sources, sizes, names, 2): sum and number of values; ranks add theirs up."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,16 +98,17 @@ class ClickMetrics:
     @property
     def num_masks(self) -> int:
         """How many masks were measured."""
-        return int(self.totals[0, 0, 1])
+        return int(self.totals[:, 0, 0, 1].sum())
 
-    def update(self, curves: ClickCurves) -> None:
-        """Adds the objects of one image."""
+    def update(self, curves: ClickCurves, source: str = "") -> None:
+        """Adds the objects of one image of `source`, which counts only where several are told apart."""
         values = self._values(curves).double().cpu()
         sizes = torch.nn.functional.one_hot(size_class(curves.areas.cpu()), 3).double()
         weights = torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1).T
         sums = weights @ values.nan_to_num(0.0)
         counts = weights @ values.isfinite().double()
-        self.totals = self.totals + torch.stack([sums, counts], dim=-1)
+        row = self.sources.index(source) if self.sources else 0
+        self.totals[row] += torch.stack([sums, counts], dim=-1)
 
     def _values(self, curves: ClickCurves) -> Tensor:
         """One column per name: (P, names), NaN where an object has no such value."""
@@ -115,18 +123,26 @@ class ClickMetrics:
 
     def merge(self, other: ClickMetrics) -> None:
         """Adds what another instance of the same protocol has collected."""
-        if other.names != self.names:
+        if (other.names, other.sources) != (self.names, self.sources):
             raise ValueError(
-                f"expected metrics of the same protocol, got {other.names} for {self.names}"
+                "expected metrics of the same protocol and sources, got "
+                f"{other.names} of {other.sources} for {self.names} of {self.sources}"
             )
         self.totals = self.totals + other.totals
 
     def compute(self) -> dict[str, float]:
         """The means so far, by name; `NAME_small`, `NAME_medium` and `NAME_large` by object size."""
         means = self.totals[..., 0] / self.totals[..., 1]
+        scores = self._named(means.nanmean(dim=0))
+        if len(self.sources) > 1:
+            for source, of_source in zip(self.sources, means, strict=True):
+                scores |= self._named(of_source, f"{source}/")
+        return scores
+
+    def _named(self, means: Tensor, prefix: str = "") -> dict[str, float]:
         return {
-            name + suffix: float(means[size, column])
+            prefix + name + suffix: float(means[size, column])
             for size, suffix in enumerate(SIZE_SUFFIXES)
             for column, name in enumerate(self.names)
-            if self.totals[size, column, 1] > 0
+            if not means[size, column].isnan()
         }

@@ -93,8 +93,11 @@ class BestCheckpoint(lightning.Callback):
         self.best: float | None = None
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+        prefixes = ("", *(f"{source}/" for source in trainer.datamodule.val_sources))  # type: ignore[attr-defined]
         names = pl_module.val_metrics.names
-        self._check([name + suffix for suffix in SIZE_SUFFIXES for name in names])
+        self._check(
+            [p + name + suffix for p in prefixes for suffix in SIZE_SUFFIXES for name in names]
+        )
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if not trainer.sanity_checking:
@@ -307,7 +310,7 @@ class Report(lightning.Callback):
         extra |= {f"start_{name}": self.start[name] for name in HEADLINE if name in self.start}
         result = {
             "protocol": "clicks",
-            "dataset": pl_module.val_source,
+            "dataset": " ".join(pl_module.val_sources) or pl_module.val_source,
             "num_images": pl_module.num_val_images,
             "num_masks": pl_module.val_metrics.num_masks,
             "checkpoint": str(self.run_dir / run_folder.LAST_CHECKPOINT),

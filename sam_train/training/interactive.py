@@ -99,9 +99,15 @@ class InteractiveTraining(lightning.LightningModule):
         self.val_metrics = ClickMetrics(val_prompts.num_corrections + 1)
         self.num_val_images = 0
         self.val_source = ""
+        self.val_sources: tuple[str, ...] = ()
+        """The data sets whose validation scores are told apart."""
         if not self._feeds_masks_back():
             # No mask ever reaches these weights, and a distributed run would wait for their gradients.
             self.model.prompt_encoder.mask_downscaling.requires_grad_(False)
+
+    def setup(self, stage: str) -> None:
+        """Learns which data sets validation tells apart."""
+        self.val_sources = getattr(self.trainer.datamodule, "val_sources", ())  # type: ignore[attr-defined]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Plays all passes on a batch; returns the loss, a mean over masks and passes."""
@@ -186,10 +192,10 @@ class InteractiveTraining(lightning.LightningModule):
             return
         self.num_val_images += 1
         self.val_source = record.source
-        self.val_metrics.update(curves)
+        self.val_metrics.update(curves, record.source)
 
     def on_validation_epoch_start(self) -> None:
-        self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1)
+        self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
         self.num_val_images = 0
 
     def on_validation_epoch_end(self) -> None:

@@ -9,7 +9,7 @@ class Keys:
     def __init__(self, make):
         self.all = [make.square(f"k{index}") for index in range(300)]
 
-    def records(self, *, epoch, reader, num_readers, shuffle):
+    def records(self, *, epoch, reader, num_readers, shuffle, start=()):
         return iter(self.all[reader::num_readers])
 
 

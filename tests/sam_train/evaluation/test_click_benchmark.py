@@ -70,7 +70,7 @@ class Discs:
     def __init__(self, num_images: int = 4, num_objects: int = 3) -> None:
         self.num_images, self.num_objects = num_images, num_objects
 
-    def records(self, *, epoch, reader, num_readers, shuffle):
+    def records(self, *, epoch, reader, num_readers, shuffle, start=()):
         order = range(self.num_images)
         for index in reversed(order) if shuffle else order:
             yield self.record(index)

@@ -1,0 +1,131 @@
+"""Samples of a tar file as they lie: files grouped by key, each with the place where the next begins.
+
+webdataset's own reader tells no places and takes a header that it cannot read for the end of the file.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import IO, Any, NamedTuple, cast
+from urllib.parse import unquote, urlparse
+
+from webdataset.gopen import gopen
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How files of gzip, bzip2, xz and zstandard begin: these can only be read from their start."""
+
+
+class TarSample(NamedTuple):
+    """The files of one key, adjacent in a tar.
+
+    Attributes:
+        key: their common name, up to the first dot after the last slash.
+        files: their contents by suffix, in lower case.
+        end: byte at which the next sample begins; the first begins at 0.
+    """
+
+    key: str
+    files: dict[str, bytes]
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of its files."""
+        return sum(map(len, self.files.values()))
+
+
+class BrokenTarError(OSError):
+    """A tar that breaks off or holds what is no tar header; the message says where."""
+
+
+def read_samples(
+    url: str, is_wanted: Callable[[str], bool], start: int = 0
+) -> Iterator[TarSample]:
+    """Reads the samples of a shard from byte `start` on; a local one is not read before it.
+
+    A key that comes again with a suffix that it had begins another sample.
+
+    Args:
+        url: a path, or what webdataset takes.
+        is_wanted: says by its name, in lower case, whether a file belongs to a sample at all.
+        start: a sample's `end`, or 0.
+
+    Raises:
+        BrokenTarError: after the samples before the break were given out.
+        OSError: it cannot be opened.
+    """
+    key, files = "", dict[str, bytes]()
+    end = start
+    broken = None
+    try:
+        for place, name, data, end in _files(url, is_wanted, start):
+            its_key, suffix = _split(name)
+            if files and (its_key != key or suffix in files):
+                yield TarSample(key, files, place)
+                files = {}
+            key = its_key
+            files[suffix] = data
+    except BrokenTarError as error:
+        broken = error
+    if files:
+        yield TarSample(key, files, end)
+    if broken is not None:
+        raise broken
+
+
+def _files(
+    url: str, is_wanted: Callable[[str], bool], start: int
+) -> Iterator[tuple[int, str, bytes, int]]:
+    """The wanted files: place of the header, name, content, end."""
+    with _open(url) as stream:
+        seeks = local_path(url) is not None and not stream.read(6).startswith(COMPRESSED)
+        if local_path(url) is not None:
+            stream.seek(start if seeks else 0)
+        tar: Any = None
+        try:
+            tar = tarfile.open(
+                fileobj=stream, mode="r:" if seeks else "r|*", tarinfo=_StrictTarInfo
+            )
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile would keep all it has met
+                if member.offset >= start and member.isfile() and is_wanted(member.name.lower()):
+                    yield member.offset, member.name, tar.extractfile(member).read(), tar.offset
+        except (tarfile.TarError, EOFError) as error:
+            where = f"it breaks off at byte {tar.offset}" if tar else "it is no tar file"
+            raise BrokenTarError(f"{where}: {error}") from None
+
+
+def local_path(url: str) -> str | None:
+    """The path of a shard that is a file of this machine, stated by path or as a file: URL."""
+    parts = urlparse(url)
+    if parts.scheme == "file":
+        return unquote(parts.path)
+    return url if parts.scheme == "" and url != "-" else None
+
+
+def _open(url: str) -> IO[bytes]:
+    path = local_path(url)
+    return cast("IO[bytes]", gopen(url)) if path is None else open(path, "rb")
+
+
+def _split(name: str) -> tuple[str, str]:
+    folder, base = os.path.split(name.removeprefix("./"))
+    stem, _, suffix = base.partition(".")
+    return os.path.join(folder, stem), suffix.lower()
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """Raises where tarfile ends a file quietly: at a header that is damaged, cut short or missing."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile_)
+        except (
+            tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+            tarfile.EmptyHeaderError,  # type: ignore[attr-defined]
+            tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+        ) as error:
+            raise tarfile.ReadError(str(error)) from None

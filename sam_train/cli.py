@@ -57,7 +57,9 @@ def train(cfg: DictConfig) -> None:
         _print_result(state.result or {})
         print(f"{folder} holds this run, finished. Another run_dir=PATH starts anew.")
         return
-    resumed = state.last_checkpoint if action is run_folder.Action.RESUME else None
+    resumed = (
+        run_folder.newest_whole_checkpoint(folder) if action is run_folder.Action.RESUME else None
+    )
     module, data, trainer = _build_training(cfg, weights=None if resumed else cfg.checkpoint)
     run_folder.prepare(folder, plain, action)
     with _train_log(folder):
@@ -125,10 +127,15 @@ def _build_training(
     if cfg.trainer.accelerator == "auto":
         # Lightning would take an Apple GPU, which has no float64 to draw prompts with.
         cfg.trainer.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    watching = _instantiate_all(callbacks)
     trainer = config.instantiate(
         cfg.trainer,
         logger=_instantiate_all(cfg.logger or {}),
-        callbacks=_instantiate_all(callbacks),
+        callbacks=watching,
+        # Lightning would else add checkpoints of its own.
+        enable_checkpointing=any(
+            isinstance(one, lightning.pytorch.callbacks.Checkpoint) for one in watching
+        ),
         default_root_dir=cfg.run_dir,
     )
     return module, data, trainer
@@ -152,7 +159,7 @@ def _fit(
         if resumed is None or not any(frame.name.startswith("restore") for frame in frames):
             raise
         raise ValueError(
-            f"{resumed} does not fit this configuration: {str(error).splitlines()[0]} Choose another "
+            f"{resumed} does not fit this configuration: {str(error).splitlines()[0]}. Choose another "
             f"run_dir=PATH; checkpoint={resumed} starts from its weights there, if they fit"
         ) from error
     except SystemExit:

@@ -8,6 +8,7 @@ import pickle
 import re
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,21 @@ def load_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_whole(path: Path) -> None:
+    """Reads a file that `torch.save` wrote and compares all of it with its checksums.
+
+    Raises:
+        CheckpointError: it is damaged, cut short or no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise CheckpointError(f"{path} is damaged, cut short or no checkpoint: {error}") from error
+    if bad is not None:
+        raise CheckpointError(f"{path} is damaged: the checksum of {bad} is wrong")
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, then puts it in place: all of it or none.
 
@@ -93,6 +109,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         umask = os.umask(0)
         os.umask(umask)
         unfinished.chmod(0o666 & ~umask)
+        with unfinished.open("rb+") as file:
+            os.fsync(
+                file.fileno()
+            )  # a machine that fails may else keep the name and not the content
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

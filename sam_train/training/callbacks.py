@@ -1,129 +1,30 @@
-"""What goes on around the steps: checkpoints, figures of speed and gradients, the final report."""
+"""What goes on around the steps: figures of speed and gradients, pictures, the final report."""
 
 from __future__ import annotations
 
 import logging
-import math
-import signal
-import threading
 import time
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 
-from sam_train.metrics.clicks import SIZE_SUFFIXES
 from sam_train.structures import ImageBatch
 from sam_train.training import figures, run_folder
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.optim import parameter_table
+from sam_train.training.saving import BestCheckpoint, validation_is_due
+from sam_train.training.weight_average import WeightAverage
 
 log = logging.getLogger(__name__)
 
+Callback = TypeVar("Callback", bound=lightning.Callback)
 HEADLINE = ("mean_iou@1", "mean_iou@3", "oracle_mean_iou@1", "box_mean_iou")
 """The scores that are told in the log, at the start and at the end."""
-
-
-class LastCheckpoint(lightning.Callback):
-    """Saves `last.ckpt` every so many steps, at the end, and when the run is told to stop.
-
-    Ctrl-C and SIGTERM let the step under way finish, so that what is saved is the state between two
-    steps; a second signal stops at once. Whichever rank is told, all stop after the same step.
-
-    Args:
-        path: where the checkpoint goes.
-        every_n_steps: optimiser steps between saves.
-    """
-
-    def __init__(self, *, path: str, every_n_steps: int) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is 1 or more, got {every_n_steps}")
-        self.path = Path(path)
-        self.every_n_steps = every_n_steps
-        self._told_to_stop = False
-        self._saved_step = -1
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._told_to_stop, self._saved_step = False, trainer.global_step
-        if threading.current_thread() is threading.main_thread():  # no other may handle signals
-            # Lightning has noted down the handlers there were, and puts them back after the run.
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._on_signal)
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
-        is_over = trainer.strategy.reduce_boolean_decision(self._told_to_stop, all=False)
-        if is_over or trainer.global_step - self._saved_step >= self.every_n_steps:
-            self._save(trainer)
-        if is_over:
-            raise KeyboardInterrupt
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._save(trainer)
-
-    def _save(self, trainer: lightning.Trainer) -> None:
-        if trainer.global_step != self._saved_step:
-            self._saved_step = trainer.global_step
-            trainer.save_checkpoint(self.path, weights_only=False)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._told_to_stop:
-            raise KeyboardInterrupt
-        log.warning("stopping after this step; Ctrl-C again stops at once")
-        self._told_to_stop = True
-
-
-class BestCheckpoint(lightning.Callback):
-    """Keeps `best.ckpt`, the weights of the best validation score, that after the last step included.
-
-    Args:
-        path: where the checkpoint goes.
-        monitor: a validation score by name, such as `mean_iou@1`.
-        mode: `max` where more is better, `min` where less is.
-    """
-
-    def __init__(self, *, path: str, monitor: str = "mean_iou@1", mode: str = "max") -> None:
-        if mode not in ("max", "min"):
-            raise ValueError(f"mode is max or min, got {mode}")
-        self.path, self.monitor, self.mode = Path(path), monitor, mode
-        self.best: float | None = None
-
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
-        prefixes = ("", *(f"{source}/" for source in trainer.datamodule.val_sources))  # type: ignore[attr-defined]
-        names = pl_module.val_metrics.names
-        self._check(
-            [p + name + suffix for p in prefixes for suffix in SIZE_SUFFIXES for name in names]
-        )
-
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
-        if not trainer.sanity_checking:
-            self.consider(trainer, pl_module.val_metrics.compute())
-
-    def consider(self, trainer: lightning.Trainer, scores: Mapping[str, float]) -> None:
-        """Saves the model if `scores` are the best so far."""
-        self._check(scores)
-        score = scores[self.monitor]
-        sign = 1 if self.mode == "max" else -1
-        if self.best is None or math.isnan(self.best) or sign * score > sign * self.best:
-            self.best = score
-            # Without the optimiser's state, twice the size of the weights: a run goes on from last.ckpt.
-            trainer.save_checkpoint(self.path, weights_only=True)
-
-    def _check(self, names: Collection[str]) -> None:
-        if self.monitor not in names:
-            raise ValueError(
-                f"callbacks.best.monitor is one of {', '.join(names)}, got {self.monitor}"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
 
 
 class GradientNorms(lightning.Callback):
@@ -230,18 +131,22 @@ class Report(lightning.Callback):
         self.start: dict[str, float] = {}
         self.latest: dict[str, float] = {}
         self._latest_step = -1
-        self._is_finished = False
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
-        self._is_finished = False
         if trainer.is_global_zero:
             log.info("parameters\n%s", parameter_table(pl_module.model))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+        if not trainer.enable_validation:
+            return
         if not self.start:
-            self.start = _validate(trainer, pl_module)
+            with _averaged(trainer, pl_module):
+                self.start = _validate(trainer, pl_module)
             self._log(trainer, self.start)
             self._note("at the start", self.start)
+        elif validation_is_due(trainer) and self._latest_step != trainer.global_step:
+            # The run was told to stop before it, and Lightning takes it for done.
+            self._catch_up(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if trainer.sanity_checking:
@@ -250,30 +155,35 @@ class Report(lightning.Callback):
         self._latest_step = trainer.global_step
         self._draw(trainer, pl_module)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
-        if self._latest_step != trainer.global_step:
-            self.latest = _validate(trainer, pl_module)
-            for callback in trainer.callbacks:
-                if isinstance(callback, BestCheckpoint):
-                    callback.consider(trainer, self.latest)
-            self._log(trainer, self.latest)
-            self._draw(trainer, pl_module)
-        self._is_finished = True
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+        # Not earlier: the last checkpoint is then on disk, and a run that was stopped between it and its
+        # report has no step left to train, so that Lightning calls nothing else.
+        pl_module.to(trainer.strategy.root_device)
+        if trainer.enable_validation and self._latest_step != trainer.global_step:
+            self._catch_up(trainer, pl_module)
+        elif not trainer.enable_validation:
+            with _averaged(trainer, pl_module):
+                for best in _callbacks(trainer, BestCheckpoint):
+                    best.save(trainer)
         if trainer.is_global_zero:
             self._finish(trainer, pl_module)
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
-        # A run that was stopped between its last step and its report has no step left to train, and
-        # Lightning then calls neither `on_train_start` nor `on_train_end`.
-        if not self._is_finished:
-            pl_module.to(trainer.strategy.root_device)
-            self.on_train_end(trainer, pl_module)
+    def _catch_up(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+        """Validates outside Lightning's loop."""
+        with _averaged(trainer, pl_module):
+            self.latest = _validate(trainer, pl_module)
+            self._latest_step = trainer.global_step
+            for best in _callbacks(trainer, BestCheckpoint):
+                best.consider(trainer, self.latest)
+            self._log(trainer, self.latest)
+            self._draw(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"start": self.start}
+        return {"start": self.start, "latest": self.latest, "latest_step": self._latest_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.start = state_dict["start"]
+        self.start, self.latest = state_dict["start"], state_dict["latest"]
+        self._latest_step = state_dict["latest_step"]
 
     def _log(self, trainer: lightning.Trainer, scores: Mapping[str, float]) -> None:
         """Logs what was validated outside Lightning's loop."""
@@ -298,15 +208,17 @@ class Report(lightning.Callback):
 
     def _finish(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         self._draw_curves()
-        self._note("at the end", self.latest)
+        if trainer.enable_validation:
+            self._note("at the end", self.latest)
         gained = {
             k: self.latest[k] - self.start[k]
             for k in HEADLINE
             if k in self.latest and k in self.start
         }
         self._note("gained", gained, sign="+")
-        speed = next((c for c in trainer.callbacks if isinstance(c, Speed)), None)
-        extra = speed.figures(trainer.global_step) if speed else {"steps": trainer.global_step}
+        extra: dict[str, float] = {"steps": trainer.global_step}
+        for speed in _callbacks(trainer, Speed):
+            extra |= speed.figures(trainer.global_step)
         extra |= {f"start_{name}": self.start[name] for name in HEADLINE if name in self.start}
         result = {
             "protocol": "clicks",
@@ -322,6 +234,19 @@ class Report(lightning.Callback):
     def _note(self, when: str, scores: Mapping[str, float], *, sign: str = "") -> None:
         text = "  ".join(f"{name} {scores[name]:{sign}.3f}" for name in HEADLINE if name in scores)
         log.info("validation %s: %s", when, text)
+
+
+def _callbacks(trainer: lightning.Trainer, kind: type[Callback]) -> list[Callback]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _averaged(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> Iterator[None]:
+    """With the averaged weights in place, where an average is kept."""
+    with ExitStack() as stack:
+        for average in _callbacks(trainer, WeightAverage):
+            stack.enter_context(average.in_place(pl_module))
+        yield
 
 
 def _is_log_step(trainer: lightning.Trainer, steps_done: int) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.data.source import DamagedSampleError, sample_seed
@@ -28,6 +29,7 @@ from sam_train.structures import (
     Prompts,
 )
 from sam_train.training.first_guess import GuessTeaching, halve, select_masks
+from sam_train.training.non_finite import NonFiniteGuard
 from sam_train.training.optim import AdamW
 
 log = logging.getLogger(__name__)
@@ -53,7 +55,12 @@ class InteractiveTraining(lightning.LightningModule):
         optim: builds the optimiser and knows the schedule.
         first_guess: teaches the decoder's first guess with more prompts, where the model has one.
         half_size_share: share of the run, from its start, that trains on images of half the size.
-        seed: of the order of the passes.
+        non_finite: what happens to a loss or a gradient that is not finite; stops the run by default.
+        checkpoint_passes: keeps no pass's activations until the backward pass but computes them again:
+            memory then is that of one pass, whatever their number, for a forward pass more of the decoder.
+        mask_chunk: masks decoded at a time, each chunk recomputed like that; bounds the memory whatever
+            an image holds. None takes all at once.
+        seed: of the order of the passes, and of what is random within the model.
     """
 
     def __init__(
@@ -66,9 +73,14 @@ class InteractiveTraining(lightning.LightningModule):
         optim: AdamW,
         first_guess: GuessTeaching | None = None,
         half_size_share: float = 0.0,
+        non_finite: NonFiniteGuard | None = None,
+        checkpoint_passes: bool = False,
+        mask_chunk: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if mask_chunk is not None and mask_chunk < 1:
+            raise ValueError(f"mask_chunk is 1 or more, or null, got {mask_chunk}")
         if not 0 <= half_size_share <= 1:
             raise ValueError(f"half_size_share is in [0, 1], got {half_size_share}")
         if half_size_share and model.image_encoder.img_size % (2 * model.image_encoder.stride):
@@ -91,11 +103,14 @@ class InteractiveTraining(lightning.LightningModule):
         self.optim = optim
         self.first_guess = first_guess
         self.half_size_share = half_size_share
+        self.non_finite = NonFiniteGuard() if non_finite is None else non_finite
+        self.checkpoint_passes, self.mask_chunk = checkpoint_passes, mask_chunk
         self.seed = seed
         self.model_config: dict[str, Any] | None = None
         """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
         self.has_played = False
         """Whether the transformer was asked since the last optimiser step."""
+        self._num_accumulated = 0  # batches since then
         self.val_metrics = ClickMetrics(val_prompts.num_corrections + 1)
         self.num_val_images = 0
         self.val_source = ""
@@ -111,12 +126,10 @@ class InteractiveTraining(lightning.LightningModule):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Plays all passes on a batch; returns the loss, a mean over masks and passes."""
+        self._seed_batch()
         loss = self._at_current_size(batch)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.global_step}, in the batch of images "
-                f"{', '.join(batch.keys)}: lower optim.lr, or train in trainer.precision=32-true"
-            )
+        self._num_accumulated += 1
+        self.non_finite.look_at_loss(loss.detach(), batch.keys, self.global_step)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
@@ -158,11 +171,11 @@ class InteractiveTraining(lightning.LightningModule):
         stride = self.model.image_encoder.img_size / batch.masks.shape[-1]
 
         def decode(prompts: Prompts, multimask_output: bool) -> MaskPrediction:
-            return self.model.decode(
+            return self._decode(
                 features,
                 prompts_to_input(prompts, stride),
-                image_index=batch.image_index,
-                multimask_output=multimask_output,
+                batch.image_index,
+                multimask_output,
             )
 
         # What is predicted on the padding is no error that anyone would click on.
@@ -183,6 +196,36 @@ class InteractiveTraining(lightning.LightningModule):
             total = total + answer.total.sum() * share
             self._log_answer(interaction, answer.candidate_ious, answer.mask)
         return total / len(plan.new_prompt) + self._nothing_left_out()
+
+    def _decode(
+        self,
+        features: ImageFeatures,
+        prompts: Prompts,
+        image_index: Tensor,
+        multimask_output: bool,
+    ) -> MaskPrediction:
+        """The answers to all prompts of a pass, keeping what the settings allow for the backward pass."""
+
+        def decode(rows: slice) -> tuple[Tensor, Tensor]:
+            asked = Prompts(*(None if part is None else part[rows] for part in prompts))  # type: ignore[arg-type]
+            return tuple(  # type: ignore[return-value]
+                self.model.decode(
+                    features,
+                    asked,
+                    image_index=image_index[rows],
+                    multimask_output=multimask_output,
+                )
+            )
+
+        size = self.mask_chunk or max(1, len(image_index))
+        chunks = [slice(start, start + size) for start in range(0, max(1, len(image_index)), size)]
+        if self.checkpoint_passes or len(chunks) > 1:
+            answers = [recomputed(decode, rows, use_reentrant=False) for rows in chunks]
+        else:
+            answers = [decode(rows) for rows in chunks]
+        if len(answers) == 1:
+            return MaskPrediction(*answers[0])
+        return MaskPrediction(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
 
     def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
         """Clicks through the masks of one image."""
@@ -249,8 +292,12 @@ class InteractiveTraining(lightning.LightningModule):
         return float(self._over_ranks(progress, "max"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["non_finite"] = self.non_finite.state_dict()
         if self.model_config is not None:
             checkpoint[RECORD_KEY] = checkpoint_payload(self.model_config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def _feeds_masks_back(self) -> bool:
         simulator = self.prompts
@@ -275,11 +322,27 @@ class InteractiveTraining(lightning.LightningModule):
                 if NOT_GUESSED.search(name):
                     parameter.grad = None
         self.has_played = False
+        self._num_accumulated = 0
+        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        self.non_finite.passes(self.model.parameters(), self.global_step, scaled=is_scaled)
+
+    def _batch_number(self) -> int:
+        """Of this batch in the whole run; the same on all ranks, and after a restart."""
+        if self._trainer is None:
+            return 0
+        return self.global_step * self.trainer.accumulate_grad_batches + self._num_accumulated
+
+    def _seed_batch(self) -> None:
+        """Makes what the model draws (drop path, dropout) a function of the batch's number and the rank.
+
+        So a run that goes on draws what it would have drawn, with no generator's state to keep.
+        """
+        rank = 0 if self._trainer is None else self.global_rank
+        torch.manual_seed(sample_seed(self.seed, self._batch_number(), f"model/{rank}"))
 
     def _plan_generator(self) -> torch.Generator:
         """The same on all ranks, so that all run the same passes."""
-        batch_number = self.trainer.fit_loop.total_batch_idx if self._trainer is not None else 0
-        return torch.Generator().manual_seed(sample_seed(self.seed, batch_number, "plan"))
+        return torch.Generator().manual_seed(sample_seed(self.seed, self._batch_number(), "plan"))
 
     def _mean_over_ranks(self, count: int) -> float:
         """The mean of a count over all ranks, 1 at least: gradients are averaged over them afterwards."""
@@ -296,9 +359,9 @@ class InteractiveTraining(lightning.LightningModule):
         if interaction.pass_index == 0:
             figures["train/mask_loss_pass0"] = mask_loss.detach().mean()
             is_box = interaction.prompts.point_labels[:, 0] == BOX_TOP_LEFT
-            for name, rows in (("point", ~is_box), ("box", is_box)):
-                if rows.any():
-                    figures[f"train/iou_{name}"] = chosen_ious[rows].mean()
+            # Not a number where there is none: Lightning would repeat the last batch's figure.
+            figures["train/iou_point"] = chosen_ious[~is_box].mean()
+            figures["train/iou_box"] = chosen_ious[is_box].mean()
         self.log_dict(figures)
 
 

@@ -1,7 +1,7 @@
 """A run's folder: what it holds, and whether a configuration may start, go on or is done there.
 
 .hydra/config.yaml      the configuration, interpolations unresolved, so that it compares across machines
-checkpoints/last.ckpt   where the run goes on from
+checkpoints/last.ckpt   where the run goes on from; previous.ckpt, the one before, if that is damaged
 metrics.csv             a row a log step
 metrics.json            written last: it marks the run as finished
 train.log               what the terminal showed, and tracebacks
@@ -10,7 +10,9 @@ train.log               what the terminal showed, and tracebacks
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +22,13 @@ from typing import Any
 
 import yaml
 
+from sam_train.checkpoints.files import CheckpointError, check_whole
+
+log = logging.getLogger(__name__)
+
 CONFIG = Path(".hydra") / "config.yaml"
 LAST_CHECKPOINT = Path("checkpoints") / "last.ckpt"
+PREVIOUS_CHECKPOINT = Path("checkpoints") / "previous.ckpt"
 METRICS = Path("metrics.csv")
 RESULT = Path("metrics.json")
 
@@ -69,10 +76,9 @@ class RunState:
 
 def inspect(folder: Path) -> RunState:
     """Reads a run folder, which need not exist."""
-    last = folder / LAST_CHECKPOINT
     return RunState(
         config=_read_config(folder / CONFIG),
-        last_checkpoint=last if last.is_file() else None,
+        last_checkpoint=next(iter(_checkpoints(folder)), None),
         result=_read_result(folder / RESULT),
     )
 
@@ -138,6 +144,46 @@ def prepare(folder: Path, config: Mapping[str, Any], action: Action) -> None:
         raise OSError(
             f"the run folder {folder} cannot be written ({reason}); choose another with run_dir=PATH"
         ) from error
+
+
+def newest_whole_checkpoint(folder: Path) -> Path:
+    """The checkpoint to go on from, read through: `previous.ckpt` where `last.ckpt` is damaged.
+
+    Raises:
+        CheckpointError: none of them is whole.
+    """
+    reasons = []
+    for path in _checkpoints(folder):
+        try:
+            check_whole(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            log.warning("%s: going on from %s, the one before", reason, path)
+        return path
+    raise CheckpointError(
+        f"{'; '.join(reasons)}. There is no other to go on from: delete the folder, or choose another "
+        "run_dir=PATH"
+    )
+
+
+def keep_previous(last: Path) -> None:
+    """Gives the last checkpoint its second name, `previous.ckpt`, before another takes the first."""
+    if not last.exists():
+        return
+    unfinished = last.with_name(f".{PREVIOUS_CHECKPOINT.name}.link")
+    unfinished.unlink(missing_ok=True)
+    try:
+        os.link(last, unfinished)
+    except OSError:  # a file system without links
+        shutil.copyfile(last, unfinished)
+    unfinished.replace(last.with_name(PREVIOUS_CHECKPOINT.name))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    paths = [folder / LAST_CHECKPOINT, folder / PREVIOUS_CHECKPOINT]
+    return [path for path in paths if path.is_file()]
 
 
 def finish(folder: Path, result: Mapping[str, Any]) -> None:

@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
+from sam_train.checkpoints.files import CheckpointError
 from sam_train.training import run_folder
 from sam_train.training.run_folder import Action
 
@@ -177,3 +179,33 @@ def test_the_result_is_json(tmp_path: Path) -> None:
     run_folder.finish(tmp_path, {"protocol": "clicks", "metrics": {"noc@90": 3.5}})
 
     assert json.loads((tmp_path / "metrics.json").read_text())["metrics"]["noc@90"] == 3.5
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    last, previous = (tmp_path / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
+    last.parent.mkdir()
+    torch.save({"weights": torch.zeros(1000)}, last)
+    run_folder.keep_previous(last)
+    torch.save({"weights": torch.ones(1000)}, last.with_suffix(".new"))
+    last.with_suffix(".new").replace(last)
+    assert run_folder.newest_whole_checkpoint(tmp_path) == last
+    assert torch.load(previous, weights_only=True)["weights"].sum() == 0
+
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    assert run_folder.newest_whole_checkpoint(tmp_path) == previous
+    assert "last.ckpt is damaged" in caplog.text and "the one before" in caplog.text
+
+    previous.write_bytes(previous.read_bytes()[:500])
+    with pytest.raises(CheckpointError, match=r"last\.ckpt.*previous\.ckpt.*run_dir=PATH"):
+        run_folder.newest_whole_checkpoint(tmp_path)
+
+
+def test_without_a_last_checkpoint_a_previous_one_is_gone_on_from(tmp_path: Path) -> None:
+    previous = tmp_path / "checkpoints" / "previous.ckpt"
+    previous.parent.mkdir()
+    torch.save({}, previous)
+    assert run_folder.inspect(tmp_path).last_checkpoint == previous

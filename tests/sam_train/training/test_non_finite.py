@@ -1,0 +1,69 @@
+"""Losses and gradients that are not finite."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import pytest
+import torch
+
+from sam_train.training.non_finite import NonFiniteGuard
+
+
+def weight(gradient: float) -> torch.Tensor:
+    parameter = torch.ones(2, requires_grad=True)
+    parameter.grad = torch.tensor([0.0, gradient])
+    return parameter
+
+
+def test_a_bad_loss_stops_and_names_its_images() -> None:
+    guard = NonFiniteGuard()
+    guard.look_at_loss(torch.tensor(1.0), ["a", "b"], 6)
+    with pytest.raises(FloatingPointError, match=r"loss is nan .* images c, d, at step 7"):
+        guard.look_at_loss(torch.tensor(math.nan), ["c", "d"], 7)
+
+
+@pytest.mark.parametrize("gradient", [math.nan, math.inf])
+def test_a_bad_gradient_stops_and_names_all_images_of_the_step(gradient: float) -> None:
+    guard = NonFiniteGuard()
+    for keys in (["a"], ["b"]):
+        guard.look_at_loss(torch.tensor(1.0), keys, 3)
+    with pytest.raises(FloatingPointError, match=r"gradient is not finite .* images a, b, at step"):
+        guard.passes([weight(gradient)], 3, scaled=False)
+
+
+def test_a_skipped_step_leaves_no_gradient_and_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    guard, parameter = NonFiniteGuard(action="skip"), weight(math.nan)
+    guard.look_at_loss(torch.tensor(1.0), ["a"], 3)
+    with caplog.at_level(logging.WARNING):
+        assert not guard.passes([parameter], 3, scaled=False)
+    assert parameter.grad is None and guard.num_skipped == 1
+    assert "images a: step 3 is left out" in caplog.text
+    fine = weight(1.0)
+    assert guard.passes([fine], 4, scaled=False) and fine.grad is not None
+    assert guard.num_in_a_row == 0
+
+
+def test_too_many_skips_in_a_row_stop_after_all_and_are_counted_over_a_restart() -> None:
+    guard = NonFiniteGuard(action="skip", max_in_a_row=3)
+    for step in (1, 2):
+        guard.look_at_loss(torch.tensor(math.inf), ["a"], step)
+        guard.passes([weight(0.0)], step, scaled=False)
+    again = NonFiniteGuard(action="skip", max_in_a_row=3)
+    again.load_state_dict(guard.state_dict())
+    again.look_at_loss(torch.tensor(math.inf), ["b"], 3)
+    with pytest.raises(FloatingPointError, match=r"images b, at step 3, the last of 3"):
+        again.passes([weight(0.0)], 3, scaled=False)
+
+
+def test_a_gradient_scaler_looks_for_overflows_itself() -> None:
+    assert NonFiniteGuard().passes([weight(math.inf)], 1, scaled=True)
+
+
+@pytest.mark.parametrize("settings", [{"action": "ignore"}, {"max_in_a_row": 0}])
+def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        NonFiniteGuard(**settings)  # type: ignore[arg-type]

@@ -289,27 +289,33 @@ class SamDataModule(lightning.LightningDataModule):
         return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far training has read, in plain types; one process's positions stand for all's."""
+        """How far all readers of all processes have read, in plain types; every process calls this."""
         return {
-            "num_readers": self._world_size() * len(self._positions),
             "num_batches": self._num_batches,
-            "epochs": [position.epoch for position in self._positions],
-            "cursors": [position.cursor for position in self._positions],
+            "readers": [tuple(position) for position in self._positions_of_all()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there; with another number of readers, from the epoch after."""
-        if state_dict["num_readers"] == self._world_size() * len(self._positions):
-            pairs = zip(state_dict["epochs"], state_dict["cursors"], strict=True)
-            self._positions = [Position(*pair) for pair in pairs]
+        readers, num_mine = state_dict["readers"], len(self._positions)
+        if len(readers) == self._world_size() * num_mine:
+            first = self._rank() * num_mine
+            self._positions = [Position(*one) for one in readers[first : first + num_mine]]
             self._num_batches = state_dict["num_batches"]
         else:
-            epoch = max(state_dict["epochs"]) + 1
+            epoch = max(epoch for epoch, _ in readers) + 1
             log.warning(
                 "the number of readers has changed: going on at the start of epoch %d", epoch
             )
-            self._positions = [Position(epoch)] * len(self._positions)
+            self._positions = [Position(epoch)] * num_mine
             self._num_batches = 0
+
+    def _positions_of_all(self) -> list[Position]:
+        if self._world_size() == 1 or not torch.distributed.is_initialized():
+            return self._positions
+        of_all: list[Any] = [None] * self._world_size()
+        torch.distributed.all_gather_object(of_all, self._positions)
+        return [position for positions in of_all for position in positions]
 
     def _rank(self) -> int:
         return self.trainer.global_rank if self.trainer is not None else 0

@@ -145,11 +145,10 @@ class ShardSource:
             shards = shards[reader::num_readers]
         # Where all read all, all must shuffle alike.
         stream = reader if by_shard else 0
-        window, num_given, seen, num_bad = start or (WindowStart(), 0, 0, 0)
-        window = WindowStart(*window)
+        first, num_given, seen, num_bad = start or (WindowStart(), 0, 0, 0)
         tally = DamageTally(self.name, self.max_bad_fraction, seen, num_bad)
-        while (found := self._window(shards, window, shuffle)) is not None:
-            items, following = found
+        max_bytes = self.shuffle_buffer_mb * 2**20 if shuffle else 0
+        for window, items in _windows(shards, WindowStart(*first), max_bytes):
             order = list(range(len(items)))
             if shuffle:
                 name = f"samples/{stream}/{window.shard}/{window.byte}"
@@ -167,26 +166,8 @@ class ShardSource:
                 except DamagedSampleError:
                     continue
                 yield replace(record, cursor=(tuple(window), place + 1, tally.seen, tally.num_bad))
-            window, num_given = following, 0
+            num_given = 0
         tally.finish()
-
-    def _window(
-        self, shards: Sequence[str], start: WindowStart, shuffle: bool
-    ) -> tuple[list[_Item | None], WindowStart] | None:
-        """The next samples to shuffle among, and where those after them begin; None at the end."""
-        max_bytes = self.shuffle_buffer_mb * 2**20 if shuffle else 0
-        items: list[_Item | None] = []
-        num_bytes = 0
-        for shard in range(start.shard, len(shards)):
-            byte = start.byte if shard == start.shard else 0
-            if byte == END:
-                continue
-            for item in _items(shards[shard], byte):
-                items.append(item)
-                num_bytes += item.num_bytes
-                if num_bytes > max_bytes:
-                    return items, WindowStart(shard, item.end, start.samples + len(items))
-        return (items, WindowStart(len(shards), 0, start.samples + len(items))) if items else None
 
     def _record(self, item: _Item, tally: DamageTally, num_readers: int) -> ImageRecord:
         tally.seen += 1
@@ -225,6 +206,27 @@ def _expand(path: str) -> list[str]:
         else:
             shards += sorted(glob.glob(url, recursive=True)) if glob.has_magic(url) else [url]
     return shards
+
+
+def _windows(
+    shards: Sequence[str], start: WindowStart, max_bytes: float
+) -> Iterator[tuple[WindowStart, list[_Item | None]]]:
+    """The samples of all shards in windows of a little more than `max_bytes`, from one's start on."""
+    items: list[_Item | None] = []
+    num_bytes = 0
+    for shard in range(start.shard, len(shards)):
+        byte = start.byte if shard == start.shard else 0
+        if byte == END:
+            continue
+        for item in _items(shards[shard], byte):
+            items.append(item)
+            num_bytes += item.num_bytes
+            if num_bytes > max_bytes:
+                following = WindowStart(shard, item.end, start.samples + len(items))
+                yield start, items
+                start, items, num_bytes = following, [], 0
+    if items:
+        yield start, items
 
 
 def _items(shard: str, start: int) -> Iterator[_Item]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sam_train.data import sa1b, tar_samples
 from sam_train.data.augment import ColourJitter, Flips
 from sam_train.data.crops import LargeScaleJitter
 from sam_train.data.datamodule import SamDataModule, from_paths
@@ -132,8 +133,37 @@ def test_with_other_readers_it_goes_on_with_the_next_epoch(module, caplog):
     used(first, 6)
     resumed = module(num_workers=2)
     resumed.load_state_dict(first.state_dict())
-    assert resumed.state_dict()["epochs"] == [2, 2]
+    assert resumed.state_dict()["readers"] == [(2, ()), (2, ())]
     assert "readers has changed" in caplog.text
+
+
+def test_resuming_reads_no_more_than_the_window_that_was_open(module, tmp_path, make, monkeypatch):
+    (tmp_path / "many").mkdir()
+    make.shards(tmp_path / "many", [4] * 12)
+    settings = {
+        "train": ShardSource(path=str(tmp_path / "many"), shuffle_buffer_mb=0.001),
+        "batch_size": 2,
+    }
+    opened = []
+    original = tar_samples.read_samples
+
+    def counting(url, is_wanted, start=0):
+        opened.append((url, start))
+        return original(url, is_wanted, start)
+
+    monkeypatch.setattr(sa1b, "read_samples", counting)
+    first = module(**settings)
+    whole = used(module(**settings), 20)
+    used(first, 17)
+    opened.clear()
+    resumed = module(**settings)
+    resumed.load_state_dict(first.state_dict())
+
+    rest = used(resumed, 1)
+
+    assert [batch.keys for batch in rest] == [batch.keys for batch in whole[17:18]]
+    assert len(opened) <= 3 and opened[0][1] > 0, "of the 9 shards that came before, none"
+    assert len({url for url, _ in opened}) == len(opened), "none twice"
 
 
 def test_more_readers_than_images_is_an_error_not_a_wait(module):

@@ -249,7 +249,9 @@ def test_a_loss_that_is_no_number_names_the_images(
     with torch.no_grad():
         training.model.mask_decoder.iou_token.weight.fill_(torch.nan)
 
-    with pytest.raises(FloatingPointError, match=r"loss is nan .*square, wide, at step 0: .*optim\.lr"):
+    with pytest.raises(
+        FloatingPointError, match=r"loss is nan .*square, wide, at step 0: .*optim\.lr"
+    ):
         fit(training, [blobs])
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -51,25 +54,64 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
         ),
         load=partial(decode_image, files[suffix], size),
         source=source,
+        read_file=partial(_itself, files[suffix]),
     )
 
 
 def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """An image file's (H, W, 3) uint8 RGB pixels, which must have the (H, W) the JSON states.
 
-    An orientation tag is not followed, as masks are drawn on the pixels as they lie in the file.
+    An orientation tag is not followed, as masks are drawn on the pixels as they lie in the file. Pixels of
+    more than 8 bits are stretched from the darkest to the brightest.
+
+    Raises:
+        ValueError: says what is wrong with the image; one of another size is not decoded at all.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            if (image.height, image.width) != tuple(size):
+                raise _AnotherSizeError(
+                    f"its image is {image.height} x {image.width} pixels (height x width), "
+                    f"its JSON says {size[0]} x {size[1]}"
+                )
+            return _rgb(image)
+    except _AnotherSizeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"its image is refused as too large: {error}") from None
+    # A damaged file makes Pillow's readers raise nearly anything.
+    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError) as error:
         raise ValueError(f"its image cannot be decoded: {error}") from None
-    if pixels.shape[:2] != tuple(size):
-        raise ValueError(
-            f"its image is {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), "
-            f"its JSON says {size[0]} x {size[1]}"
-        )
-    return pixels
+    except struct.error as error:
+        raise ValueError(f"its image cannot be decoded: {error}") from None
+
+
+class _AnotherSizeError(ValueError):
+    """An image whose header states another size than its JSON."""
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keeps Pillow's warnings back: of images that are large, which their JSON says as well, and of tags."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if not image.mode.startswith(("I", "F")):
+        return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError("it holds pixels that are no numbers")
+    low, high = pixels.min(), pixels.max()
+    grey = np.rint((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _itself(data: bytes) -> bytes:
+    return data
 
 
 def encode_record(

@@ -40,9 +40,7 @@ class BrokenTarError(OSError):
     """A tar that breaks off or holds what is no tar header; the message says where."""
 
 
-def read_samples(
-    url: str, is_wanted: Callable[[str], bool], start: int = 0
-) -> Iterator[TarSample]:
+def read_samples(url: str, is_wanted: Callable[[str], bool], start: int = 0) -> Iterator[TarSample]:
     """Reads the samples of a shard from byte `start` on; a local one is not read before it.
 
     A key that comes again with a suffix that it had begins another sample.
@@ -60,7 +58,7 @@ def read_samples(
     end = start
     broken = None
     try:
-        for place, name, data, end in _files(url, is_wanted, start):
+        for place, name, data, end in _files(url, is_wanted, start):  # noqa: B007  the last counts
             its_key, suffix = _split(name)
             if files and (its_key != key or suffix in files):
                 yield TarSample(key, files, place)
@@ -85,7 +83,7 @@ def _files(
             stream.seek(start if seeks else 0)
         tar: Any = None
         try:
-            tar = tarfile.open(
+            tar = tarfile.open(  # noqa: SIM115  it holds nothing but the stream
                 fileobj=stream, mode="r:" if seeks else "r|*", tarinfo=_StrictTarInfo
             )
             while (member := tar.next()) is not None:

@@ -112,7 +112,7 @@ def build_index(path: str, *, include_crowds: bool, panoptic: bool = False) -> C
 
 
 def usable_polygons(segmentation: Any) -> list[list[float]]:
-    """The polygons of three points or more: others have no area (pycocotools takes two for a box)."""
+    """The polygons of three points or more: others have no area, and pycocotools fails on them."""
     if not isinstance(segmentation, list):
         return []
     return [

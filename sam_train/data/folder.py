@@ -88,8 +88,8 @@ class FolderItems:
         # In one folder for both, as in `*/`, a mask is no image.
         images = [path for path in images if path not in set(masks)] or images
         found = match_masks(images, masks)
-        _report("image", "mask", [image for image, own in found.owned.items() if not own])
-        _report("mask", "image", found.alone)
+        _report("image", "a mask", [image for image, own in found.owned.items() if not own])
+        _report("mask", "an image", found.alone)
         owned = {image: own for image, own in found.owned.items() if own}
         if not owned:
             raise FileNotFoundError(
@@ -177,7 +177,7 @@ def _report(what: str, lacks: str, names: Sequence[str]) -> None:
     if names:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         plural = "s are" if len(names) > 1 else " is"
-        log.warning("%d %s%s left out for want of a %s: %s", len(names), what, plural, lacks, shown)
+        log.warning("%d %s%s left out for want of %s: %s", len(names), what, plural, lacks, shown)
 
 
 def _kind_of(owned: Sequence[Sequence[str]]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -40,7 +41,7 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
         raise ValueError(f"it has no {missing}, only {sorted(files)}")
     try:
         content = json.loads(files["json"])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"its JSON does not parse: {error}") from None
     size = _size(content)
     annotations = content.get("annotations")
@@ -184,15 +185,15 @@ def _annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
         return Annotation(
             id=int(entry.get("id", index)),
             rle=segmentation,
-            bbox=_numbers(entry["bbox"], 4) if "bbox" in entry else rle.bbox(segmentation),
-            area=float(entry["area"] if "area" in entry else rle.area(segmentation)),
+            bbox=_box(entry["bbox"], size) if "bbox" in entry else rle.bbox(segmentation),
+            area=_area(entry["area"]) if "area" in entry else rle.area(segmentation),
             predicted_iou=_optional_float(entry.get("predicted_iou")),
             stability_score=_optional_float(entry.get("stability_score")),
             point_coords=_points(entry.get("point_coords")),
             crop_box=None if entry.get("crop_box") is None else _numbers(entry["crop_box"], 4),
             extra={name: value for name, value in entry.items() if name not in FIELDS},
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"annotation {index} is unusable: {error}") from None
 
 
@@ -212,14 +213,36 @@ def _entry(annotation: Annotation) -> dict[str, Any]:
     )
 
 
+def _box(values: Any, size: tuple[int, int]) -> tuple[Any, ...]:
+    x, y, width, height = box = _numbers(values, 4)
+    # A pixel of grace: some writers count edges, others pixels.
+    if min(box) < 0 or x + width > size[1] + 1 or y + height > size[0] + 1:
+        raise ValueError(f"its bbox {values} lies outside the image of {size[0]} x {size[1]}")
+    return box
+
+
+def _area(value: Any) -> float:
+    area = _number(value)
+    if area < 0:
+        raise ValueError(f"its area is {value}")
+    return area
+
+
 def _numbers(values: Any, count: int) -> tuple[Any, ...]:
     if not isinstance(values, list | tuple) or len(values) != count:
         raise ValueError(f"expected {count} numbers, got {values!r}")
-    return tuple(float(value) for value in values)
+    return tuple(map(_number, values))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return number
 
 
 def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _number(value)
 
 
 def _points(values: Any) -> tuple[tuple[float, float], ...] | None:

@@ -71,7 +71,7 @@ class ToSample:
             if 0 < annotation.area <= self.max_area_fraction * height * width
         ]
         if not candidates:
-            return None
+            return _none_of(record)
         boxes = xywh_to_xyxy(np.array([annotation.bbox for annotation in candidates]))
         view, drawable = self._choose_view(record.size, boxes, rng)
         if self.flips is not None:
@@ -83,7 +83,7 @@ class ToSample:
             raise record.damaged(error) from None
         masks = [mask for mask, _ in filter(None, decoded)]
         if not masks:
-            return None
+            return _none_of(record)
         visible_boxes = np.stack([box for _, box in filter(None, decoded)])
         return ImageSample(
             key=record.key,
@@ -133,7 +133,9 @@ class ToSample:
             x, y = np.flatnonzero(cut.any(axis=0)), np.flatnonzero(cut.any(axis=1))
             box = np.array([x0 + x[0], y0 + y[0], x0 + x[-1] + 1, y0 + y[-1] + 1])
         mask = self._on_grid(runs, view, box)
-        return None if mask is None else (mask, box)
+        if mask is None:
+            raise ValueError(f"annotation {annotation.id} has no pixel in its own bbox")
+        return mask, box
 
     def _on_grid(self, runs: Runs, view: View, box: np.ndarray) -> np.ndarray | None:
         """Cells covered at least half as much as the best covered one.
@@ -167,6 +169,11 @@ class ToSample:
         if self.colour is not None:
             window = self.colour(np.ascontiguousarray(window), rng)
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+
+
+def _none_of(record: ImageRecord) -> None:
+    """No sample. The pixels are decoded all the same, so that damage is not passed over unsaid."""
+    record.image  # noqa: B018  a cached property
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

@@ -108,6 +108,11 @@ def plain(node: Any, *, resolve: bool) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def plain_value(value: Any) -> Any:
+    """A value or a list as plain Python."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def dotted_keys(node: Any) -> list[str]:
     """Every name a user can override, as `optim.lr`, nodes and leaves alike."""
     return [name for name, _ in _named_values(node)]

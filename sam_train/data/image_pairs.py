@@ -49,14 +49,17 @@ class PairItems:
 
     def record(self, index: int) -> ImageRecord:
         """See `Items`."""
+        return decode_record(self.describe(index), self.files(index))
+
+    def files(self, index: int) -> dict[str, bytes]:
+        """An image's files by suffix."""
         stem = self.names[index]
-        files = {
+        return {
             suffix: Path(path).read_bytes()
             for suffix in ("json", *IMAGE_SUFFIXES)
             for path in (f"{stem}.{suffix}", f"{stem}.{suffix.upper()}")
             if os.path.isfile(path)
         }
-        return decode_record(self.describe(index), files)
 
 
 def sa1b_source(*, path: str | Sequence[str], **settings: Any) -> ShardSource | IndexedSource:

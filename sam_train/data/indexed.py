@@ -17,7 +17,6 @@ from sam_train.data.source import (
 )
 from sam_train.structures import Cursor, ImageRecord
 
-
 READ_ERRORS = (ValueError, OSError, LookupError, TypeError, OverflowError)
 """What a file of somebody else's making may raise where it is not as expected."""
 

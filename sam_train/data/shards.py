@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -24,13 +24,22 @@ FIELDS = frozenset(
 )
 
 
-def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> ImageRecord:
-    """Reads a sample's JSON; its pixels are decoded when first looked at.
+class ParsedSample(NamedTuple):
+    """A sample's files, its JSON parsed but not its annotations.
 
-    Args:
-        key: names the sample.
-        files: its files by suffix, "json" and one of `IMAGE_SUFFIXES`.
-        source: the data set's name.
+    Attributes:
+        suffix: the image's.
+        size: (H, W) as the JSON states it.
+        entries: the JSON's annotations.
+    """
+
+    suffix: str
+    size: tuple[int, int]
+    entries: list[Any]
+
+
+def parse_sample(files: Mapping[str, bytes]) -> ParsedSample:
+    """Finds image and JSON among a sample's files by suffix, and parses the latter.
 
     Raises:
         ValueError: says what is wrong with the sample.
@@ -47,11 +56,26 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
     annotations = content.get("annotations")
     if not isinstance(annotations, list):
         raise ValueError("its JSON has no list `annotations`")
+    return ParsedSample(suffix, size, annotations)
+
+
+def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> ImageRecord:
+    """Reads a sample's JSON; its pixels are decoded when first looked at.
+
+    Args:
+        key: names the sample.
+        files: its files by suffix, "json" and one of `IMAGE_SUFFIXES`.
+        source: the data set's name.
+
+    Raises:
+        ValueError: says what is wrong with the sample.
+    """
+    suffix, size, entries = parse_sample(files)
     return ImageRecord(
         key=key,
         size=size,
         annotations=tuple(
-            _annotation(index, entry, size) for index, entry in enumerate(annotations)
+            decode_annotation(index, entry, size) for index, entry in enumerate(entries)
         ),
         load=partial(decode_image, files[suffix], size),
         source=source,
@@ -171,7 +195,12 @@ def _size(content: Any) -> tuple[int, int]:
     return height, width
 
 
-def _annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
+def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
+    """An entry of a sample's JSON; its run lengths are not decoded.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
     try:
         if not isinstance(entry, dict) or "segmentation" not in entry:
             raise ValueError("it has no `segmentation`")

@@ -71,7 +71,8 @@ class ToSample:
             if 0 < annotation.area <= self.max_area_fraction * height * width
         ]
         if not candidates:
-            return _none_of(record)
+            record.image  # noqa: B018  decoded all the same, so that no damage is passed over unsaid
+            return None
         boxes = xywh_to_xyxy(np.array([annotation.bbox for annotation in candidates]))
         view, drawable = self._choose_view(record.size, boxes, rng)
         if self.flips is not None:
@@ -83,7 +84,8 @@ class ToSample:
             raise record.damaged(error) from None
         masks = [mask for mask, _ in filter(None, decoded)]
         if not masks:
-            return _none_of(record)
+            record.image  # noqa: B018  decoded all the same, so that no damage is passed over unsaid
+            return None
         visible_boxes = np.stack([box for _, box in filter(None, decoded)])
         return ImageSample(
             key=record.key,
@@ -169,11 +171,6 @@ class ToSample:
         if self.colour is not None:
             window = self.colour(np.ascontiguousarray(window), rng)
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
-
-
-def _none_of(record: ImageRecord) -> None:
-    """No sample. The pixels are decoded all the same, so that damage is not passed over unsaid."""
-    record.image  # noqa: B018  a cached property
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

@@ -56,7 +56,7 @@ def test_each_source_is_gone_through_before_it_comes_again(source):
 
 def test_keys_tell_sources_apart(source):
     mixture = MixtureSource(sources={"a": source("a", 2), "b": source("b", 2)})
-    assert {key for key in keys(stream(mixture), 50)} == {
+    assert set(keys(stream(mixture), 50)) == {
         f"{name}/s0_{number}" for name in "ab" for number in range(2)
     }
 

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "SAM_TRAIN_TRACEBACK"
+GOES_ON = {
+    "train": "goes on from the last checkpoint",
+    "convert": "goes on with what is missing",
+}
 NO_NEWS = (
     "Checkpoint directory .* exists and is not empty",
     "The '.*_dataloader' does not have many workers",
@@ -89,6 +93,33 @@ def evaluate(cfg: DictConfig) -> None:
     result = protocol.run(model, source, folder, checkpoint=str(cfg.checkpoint))
     _print_result(result)
     print(f"See {folder}")
+
+
+def convert(cfg: DictConfig) -> None:
+    """sam-convert: a data set to shards; or shards checked, or counted."""
+    from sam_train.convert import check, job, sample, stats
+
+    if cfg.check is not None:
+        folder = Path(cfg.out or "outputs/check")
+        print(check.check(config.plain_value(cfg.check), folder, cfg.num_pictures, cfg.num_workers))
+    elif cfg.stats is not None:
+        print(stats.stats(config.plain_value(cfg.stats), Path(cfg.out or "outputs/stats")))
+    else:
+        if cfg.data is None or cfg.out is None:
+            raise ValueError("say data=NAME out=DIR to convert, check=PATH or stats=PATH")
+        config.check_complete(cfg)
+        settings = {name: cfg[name] for name in sample.ShardSettings.__dataclass_fields__}
+        decisive = {"val_share": cfg.val_share, "seed": cfg.seed, **settings}
+        sources = {name: config.plain(cfg.data[name], resolve=True) for name in ("train", "val")}
+        conversion = job.conversion(
+            *(config.instantiate(cfg.data[name]) for name in sources),
+            out=Path(cfg.out),
+            settings=sample.ShardSettings(**settings),
+            config=decisive | {"data": sources},
+            max_bad_fraction=cfg.max_bad_fraction,
+            val_share=cfg.val_share,
+        )
+        print(job.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
 
 
 def _prepare_host() -> None:
@@ -230,11 +261,14 @@ def _train_log(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-JOBS: dict[str, Callable[[DictConfig], None]] = {"train": train, "eval": evaluate}
+JOBS: dict[str, Callable[[DictConfig], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "convert": convert,
+}
 PLANNED = {
     "segment": "masks for your own images, automatically or from points and boxes",
     "precompute": "image embeddings kept on disk",
-    "convert": "COCO, folders, NIfTI and DICOM to SA-1B shards",
     "export": "official .pth, Hugging Face and ONNX files",
 }
 
@@ -259,7 +293,7 @@ def run(verb: str, argv: Sequence[str]) -> int:
         arguments = cli_arguments.parse(argv)
         _run_hydra(verb, arguments)
     except KeyboardInterrupt:
-        goes_on = "goes on from the last checkpoint" if verb == "train" else "starts over"
+        goes_on = GOES_ON.get(verb, "starts over")
         print(f"\nsam-{verb}: stopped by Ctrl-C. The same command {goes_on}.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, `head` say, has seen enough

@@ -108,6 +108,11 @@ def plain(node: Any, *, resolve: bool) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def plain_value(value: Any) -> Any:
+    """A value or a list as plain Python."""
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
 def dotted_keys(node: Any) -> list[str]:
     """Every name a user can override, as `optim.lr`, nodes and leaves alike."""
     return [name for name, _ in _named_values(node)]
@@ -168,6 +173,12 @@ def _folder_name(text: str) -> str:
     return name if len(name) <= 200 else f"{name[:180]}-{zlib.crc32(text.encode()):08x}"
 
 
+def _each_set(part: str, *, _root_: DictConfig, _parent_: DictConfig) -> DictConfig:
+    """The `train` or `val` node of every set of a mixture, by name."""
+    nodes = {name: f"${{data.sets.{name}.{part}}}" for name in _root_.data.sets}
+    return DictConfig(nodes, parent=_parent_)
+
+
 def _low_res_size(image_encoder: DictConfig) -> int:
     """Side of the masks a model predicts: the decoder upscales its embedding four times."""
     stride = image_encoder.get("stride") or image_encoder.get("patch_size") or 16
@@ -175,6 +186,7 @@ def _low_res_size(image_encoder: DictConfig) -> int:
 
 
 OmegaConf.register_new_resolver("low_res_size", _low_res_size, replace=True)
+OmegaConf.register_new_resolver("each_set", _each_set, replace=True)
 OmegaConf.register_new_resolver("folder_name", _folder_name, replace=True)
 OmegaConf.register_new_resolver("chosen", _chosen, replace=True)
 OmegaConf.register_new_resolver("data_root", data_root, replace=True)

@@ -93,6 +93,7 @@ class ImageRecord:
         size: (H, W) as the metadata states it.
         annotations: the image's masks.
         load: returns the (H, W, 3) uint8 RGB pixels.
+        read_file: returns the image file's bytes, None where the pixels come from no single file.
         source: the data set's name, for logs and per-source scores.
         damaged: takes the reason why this record cannot be used after all and returns what to raise.
         cursor: where the stream that gave this record goes on after it.
@@ -107,6 +108,7 @@ class ImageRecord:
     damaged: Callable[[object], Exception] = ValueError
     cursor: Cursor = ()
     epoch: int = 0
+    read_file: Callable[[], bytes] | None = None
 
     @cached_property
     def image(self) -> np.ndarray:

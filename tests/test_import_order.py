@@ -23,6 +23,7 @@ ORDER = (
     "training",
     "inference",
     "evaluation",
+    "convert",
     "export",
     "cli_arguments",
     "cli_errors",

@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from sam_train.data.collate import collate, pack
-from sam_train.data.mixture import BySource, named, parts_of
+from sam_train.data.mixture import BySource, MixtureSource, named, parts_of
 from sam_train.data.source import (
     DamagedSampleError,
     HeldOut,
@@ -34,6 +34,11 @@ log = logging.getLogger(__name__)
 
 HELD_OUT_SHARE = 0.1
 """Of the training images, validated on instead where no others are given."""
+
+PATHS = frozenset(
+    f"{part}{name}" for part in ("", "val_") for name in "path images masks annotations".split()
+)
+"""What recipes ask the user for."""
 
 
 MOST_WITHOUT_MASKS = 10_000
@@ -207,21 +212,14 @@ class SamDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Reads one record of each source, so that what is missing is said here and not by a worker."""
-        if self.train == self.val:
-            log.warning(
-                "no other images are given to validate on: %.0f%% are held out of training",
-                100 * HELD_OUT_SHARE,
-            )
-            source = self.train
-            self.train = HeldOut(source=source, share=HELD_OUT_SHARE, keep="rest")
-            self.val = HeldOut(source=source, share=HELD_OUT_SHARE, keep="held_out")
+        self.train, self.val = hold_out(self.train, self.val)
         for role, source in (("train", self.train), ("val", self.val)):
             records = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
             if next(records, None) is None:
                 if isinstance(source, HeldOut):
                     raise UnusableSourceError(
                         f"of so few images none is held out for data.{role}: name others with "
-                        "data.val_path=PATH"
+                        "data.val_path=PATH (for COCO and folders data.val_images=DIR ...)"
                     )
                 raise UnusableSourceError(f"data.{role} holds no image: {source}")
 
@@ -365,15 +363,68 @@ def choose_masks(
     return chosen
 
 
-def from_paths(*, path: object, val_path: object = None, **settings: Any) -> SamDataModule:
-    """A data module whose sources take the user's `path` and `val_path` by interpolation.
+def hold_out(train: Source, val: Source, share: float = HELD_OUT_SHARE) -> tuple[Source, Source]:
+    """The sources as they are, or, where they are the same images, each with its share of them.
+
+    In a mixture that goes for each of its sources.
+    """
+    if isinstance(train, MixtureSource) and isinstance(val, MixtureSource):
+        both = {
+            name: hold_out(train.sources[name], source, share)
+            for name, source in val.sources.items()
+            if name in train.sources
+        }
+        rest, held = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
+        return (
+            replace(train, sources={**train.sources, **rest}),
+            replace(val, sources={**val.sources, **held}),
+        )
+    if train != val:
+        return train, val
+    log.warning(
+        "no other images%s are given to validate on: %.0f%% are held out of training",
+        f" of {name}" if (name := getattr(train, "name", "")) else "",
+        100 * share,
+    )
+    return (
+        HeldOut(source=train, share=share, keep="rest"),
+        HeldOut(source=train, share=share, keep="held_out"),
+    )
+
+
+def from_paths(**settings: Any) -> SamDataModule:
+    """A data module whose sources take the user's paths by interpolation, and so were built already.
 
     Args:
-        path: what the config's nodes below refer to; their sources were built from it already.
-        val_path: likewise.
-        settings: the arguments of `SamDataModule`.
+        settings: the arguments of `SamDataModule`, and those of `PATHS` that the recipe has.
     """
-    return SamDataModule(**settings)
+    return SamDataModule(**{name: one for name, one in settings.items() if name not in PATHS})
+
+
+def mixture(
+    *,
+    sets: Mapping[str, object],
+    weights: Mapping[str, float] | None,
+    transforms: Mapping[str, Mapping[str, Any]],
+    train_transform: ToSample,
+    **settings: Any,
+) -> SamDataModule:
+    """A data module over the mixture of several data recipes.
+
+    Args:
+        sets: the recipes by name; the sources in `settings` were built from them already.
+        weights: likewise.
+        transforms: by set, what its samples are made with, where not with `train_transform`'s.
+        train_transform: see `SamDataModule`.
+        settings: its other arguments.
+    """
+    if unknown := transforms.keys() - sets.keys():
+        raise ValueError(
+            f"data.transforms names {', '.join(sorted(unknown))}, the sets are {', '.join(sets)}"
+        )
+    own = {name: replace(train_transform, **changes) for name, changes in transforms.items()}
+    transform = BySource(default=train_transform, sources=own)
+    return SamDataModule(train_transform=transform, **settings)
 
 
 def _ignore_ctrl_c(worker: int) -> None:

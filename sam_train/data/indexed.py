@@ -17,6 +17,9 @@ from sam_train.data.source import (
 )
 from sam_train.structures import Cursor, ImageRecord
 
+READ_ERRORS = (ValueError, OSError, LookupError, TypeError, OverflowError)
+"""What a file of somebody else's making may raise where it is not as expected."""
+
 
 class Items(Protocol):
     """A data set's images by number. Two are equal if they are of the same files."""
@@ -90,7 +93,7 @@ class IndexedSource:
         name = self.items.describe(index)
         try:
             record = self.items.record(index)
-        except (ValueError, OSError) as error:
+        except READ_ERRORS as error:
             raise tally.damaged(name, error) from None
         load: Callable[..., np.ndarray] = partial(
             self._cache.load, name, record.load, tally, self.cache_mb * 2**20 / num_readers

@@ -233,7 +233,7 @@ def _items(shard: str, start: int) -> Iterator[_Item]:
     """A shard's samples, and what is wrong with it at the end."""
     is_empty = start == 0
     try:
-        for sample in read_samples(shard, _is_wanted, start):
+        for sample in read_samples(shard, is_wanted, start):
             is_empty = False
             yield _Item(shard, sample)
     except Exception as error:  # whatever the URL's scheme and tarfile raise
@@ -243,5 +243,6 @@ def _items(shard: str, start: int) -> Iterator[_Item]:
             yield _Item(shard, None, "it holds no image and no JSON")
 
 
-def _is_wanted(file_name: str) -> bool:
+def is_wanted(file_name: str) -> bool:
+    """Whether a file of a shard, named in lower case, belongs to a sample."""
     return file_name.endswith((".json", *(f".{suffix}" for suffix in IMAGE_SUFFIXES)))

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Mapping
+import math
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,6 +24,41 @@ FIELDS = frozenset(
 )
 
 
+class ParsedSample(NamedTuple):
+    """A sample's files, its JSON parsed but not its annotations.
+
+    Attributes:
+        suffix: the image's.
+        size: (H, W) as the JSON states it.
+        entries: the JSON's annotations.
+    """
+
+    suffix: str
+    size: tuple[int, int]
+    entries: list[Any]
+
+
+def parse_sample(files: Mapping[str, bytes]) -> ParsedSample:
+    """Finds image and JSON among a sample's files by suffix, and parses the latter.
+
+    Raises:
+        ValueError: says what is wrong with the sample.
+    """
+    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in files), None)
+    if suffix is None or "json" not in files:
+        missing = ".json" if suffix else "image (.jpg or .png)"
+        raise ValueError(f"it has no {missing}, only {sorted(files)}")
+    try:
+        content = json.loads(files["json"])
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its JSON does not parse: {error}") from None
+    size = _size(content)
+    annotations = content.get("annotations")
+    if not isinstance(annotations, list):
+        raise ValueError("its JSON has no list `annotations`")
+    return ParsedSample(suffix, size, annotations)
+
+
 def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> ImageRecord:
     """Reads a sample's JSON; its pixels are decoded when first looked at.
 
@@ -31,45 +70,73 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
     Raises:
         ValueError: says what is wrong with the sample.
     """
-    suffix = next((suffix for suffix in IMAGE_SUFFIXES if suffix in files), None)
-    if suffix is None or "json" not in files:
-        missing = ".json" if suffix else "image (.jpg or .png)"
-        raise ValueError(f"it has no {missing}, only {sorted(files)}")
-    try:
-        content = json.loads(files["json"])
-    except ValueError as error:
-        raise ValueError(f"its JSON does not parse: {error}") from None
-    size = _size(content)
-    annotations = content.get("annotations")
-    if not isinstance(annotations, list):
-        raise ValueError("its JSON has no list `annotations`")
+    suffix, size, entries = parse_sample(files)
     return ImageRecord(
         key=key,
         size=size,
         annotations=tuple(
-            _annotation(index, entry, size) for index, entry in enumerate(annotations)
+            decode_annotation(index, entry, size) for index, entry in enumerate(entries)
         ),
         load=partial(decode_image, files[suffix], size),
         source=source,
+        read_file=partial(_itself, files[suffix]),
     )
 
 
 def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     """An image file's (H, W, 3) uint8 RGB pixels, which must have the (H, W) the JSON states.
 
-    An orientation tag is not followed, as masks are drawn on the pixels as they lie in the file.
+    An orientation tag is not followed, as masks are drawn on the pixels as they lie in the file. Pixels of
+    more than 8 bits are stretched from the darkest to the brightest.
+
+    Raises:
+        ValueError: says what is wrong with the image; one of another size is not decoded at all.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with quiet_pillow(), Image.open(io.BytesIO(data)) as image:
+            if (image.height, image.width) != tuple(size):
+                raise _AnotherSizeError(
+                    f"its image is {image.height} x {image.width} pixels (height x width), "
+                    f"its JSON says {size[0]} x {size[1]}"
+                )
+            return _rgb(image)
+    except _AnotherSizeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"its image is refused as too large: {error}") from None
+    # A damaged file makes Pillow's readers raise nearly anything.
+    except (OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError) as error:
         raise ValueError(f"its image cannot be decoded: {error}") from None
-    if pixels.shape[:2] != tuple(size):
-        raise ValueError(
-            f"its image is {pixels.shape[0]} x {pixels.shape[1]} pixels (height x width), "
-            f"its JSON says {size[0]} x {size[1]}"
-        )
-    return pixels
+    except struct.error as error:
+        raise ValueError(f"its image cannot be decoded: {error}") from None
+
+
+class _AnotherSizeError(ValueError):
+    """An image whose header states another size than its JSON."""
+
+
+@contextmanager
+def quiet_pillow() -> Iterator[None]:
+    """Keeps Pillow's warnings back: of images that are large, which their JSON says as well, and of tags."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\b")
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if not image.mode.startswith(("I", "F")):
+        return np.asarray(image.convert("RGB"))
+    pixels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError("it holds pixels that are no numbers")
+    low, high = pixels.min(), pixels.max()
+    grey = np.rint((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
+    return np.repeat(grey[..., None], 3, axis=2)
+
+
+def _itself(data: bytes) -> bytes:
+    return data
 
 
 def encode_record(
@@ -128,7 +195,12 @@ def _size(content: Any) -> tuple[int, int]:
     return height, width
 
 
-def _annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
+def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
+    """An entry of a sample's JSON; its run lengths are not decoded.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
     try:
         if not isinstance(entry, dict) or "segmentation" not in entry:
             raise ValueError("it has no `segmentation`")
@@ -142,15 +214,15 @@ def _annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
         return Annotation(
             id=int(entry.get("id", index)),
             rle=segmentation,
-            bbox=_numbers(entry["bbox"], 4) if "bbox" in entry else rle.bbox(segmentation),
-            area=float(entry["area"] if "area" in entry else rle.area(segmentation)),
+            bbox=_box(entry["bbox"], size) if "bbox" in entry else rle.bbox(segmentation),
+            area=_area(entry["area"]) if "area" in entry else rle.area(segmentation),
             predicted_iou=_optional_float(entry.get("predicted_iou")),
             stability_score=_optional_float(entry.get("stability_score")),
             point_coords=_points(entry.get("point_coords")),
             crop_box=None if entry.get("crop_box") is None else _numbers(entry["crop_box"], 4),
             extra={name: value for name, value in entry.items() if name not in FIELDS},
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"annotation {index} is unusable: {error}") from None
 
 
@@ -170,14 +242,36 @@ def _entry(annotation: Annotation) -> dict[str, Any]:
     )
 
 
+def _box(values: Any, size: tuple[int, int]) -> tuple[Any, ...]:
+    x, y, width, height = box = _numbers(values, 4)
+    # A pixel of grace: some writers count edges, others pixels.
+    if min(box) < 0 or x + width > size[1] + 1 or y + height > size[0] + 1:
+        raise ValueError(f"its bbox {values} lies outside the image of {size[0]} x {size[1]}")
+    return box
+
+
+def _area(value: Any) -> float:
+    area = _number(value)
+    if area < 0:
+        raise ValueError(f"its area is {value}")
+    return area
+
+
 def _numbers(values: Any, count: int) -> tuple[Any, ...]:
     if not isinstance(values, list | tuple) or len(values) != count:
         raise ValueError(f"expected {count} numbers, got {values!r}")
-    return tuple(float(value) for value in values)
+    return tuple(map(_number, values))
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"expected a finite number, got {value!r}")
+    return number
 
 
 def _optional_float(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _number(value)
 
 
 def _points(values: Any) -> tuple[tuple[float, float], ...] | None:

@@ -58,7 +58,7 @@ def read_samples(url: str, is_wanted: Callable[[str], bool], start: int = 0) -> 
     end = start
     broken = None
     try:
-        for place, name, data, end in _files(url, is_wanted, start):  # noqa: B007
+        for place, name, data, end in _files(url, is_wanted, start):  # noqa: B007  the last counts
             its_key, suffix = _split(name)
             if files and (its_key != key or suffix in files):
                 yield TarSample(key, files, place)
@@ -83,7 +83,7 @@ def _files(
             stream.seek(start if seeks else 0)
         tar: Any = None
         try:
-            tar = tarfile.open(  # noqa: SIM115
+            tar = tarfile.open(  # noqa: SIM115  it holds nothing but the stream
                 fileobj=stream, mode="r:" if seeks else "r|*", tarinfo=_StrictTarInfo
             )
             while (member := tar.next()) is not None:

@@ -71,6 +71,7 @@ class ToSample:
             if 0 < annotation.area <= self.max_area_fraction * height * width
         ]
         if not candidates:
+            record.image  # noqa: B018  decoded all the same, so that no damage is passed over unsaid
             return None
         boxes = xywh_to_xyxy(np.array([annotation.bbox for annotation in candidates]))
         view, drawable = self._choose_view(record.size, boxes, rng)
@@ -83,6 +84,7 @@ class ToSample:
             raise record.damaged(error) from None
         masks = [mask for mask, _ in filter(None, decoded)]
         if not masks:
+            record.image  # noqa: B018  decoded all the same, so that no damage is passed over unsaid
             return None
         visible_boxes = np.stack([box for _, box in filter(None, decoded)])
         return ImageSample(
@@ -133,7 +135,9 @@ class ToSample:
             x, y = np.flatnonzero(cut.any(axis=0)), np.flatnonzero(cut.any(axis=1))
             box = np.array([x0 + x[0], y0 + y[0], x0 + x[-1] + 1, y0 + y[-1] + 1])
         mask = self._on_grid(runs, view, box)
-        return None if mask is None else (mask, box)
+        if mask is None:
+            raise ValueError(f"annotation {annotation.id} has no pixel in its own bbox")
+        return mask, box
 
     def _on_grid(self, runs: Runs, view: View, box: np.ndarray) -> np.ndarray | None:
         """Cells covered at least half as much as the best covered one.

@@ -166,11 +166,36 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
 
 
+def encode_crop(mask: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
+    """A mask (h, w) that lies at (top, left) of a larger one of `size` (H, W), as that one's RLE.
+
+    The work goes with the pixels of the small one.
+    """
+    height, width = size
+    framed = np.zeros((mask.shape[1], mask.shape[0] + 2), np.int8)
+    framed[:, 1:-1] = mask.T
+    column, row = np.nonzero(np.diff(framed, axis=1))
+    edges = (left + column) * height + top + row
+    # A run down to the lower border goes on where the next column begins at the upper one.
+    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
+    edges = np.delete(edges, np.concatenate([2 * joined + 1, 2 * joined + 2]))
+    counts = np.diff(edges, prepend=0, append=height * width)
+    return from_runs(counts if counts[-1] else counts[:-1], size)
+
+
+def from_runs(counts: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """The lengths of runs as a compressed RLE; they are checked."""
+    plain = {"size": list(size), "counts": [int(count) for count in counts]}
+    Runs(plain)
+    rle = coco_mask.frPyObjects(plain, *size)
+    return {"size": list(size), "counts": rle["counts"].decode("ascii")}
+
+
 def compress(rle: Rle) -> dict[str, Any]:
     """Any RLE in the compressed form with str counts."""
     runs, counts = Runs(rle), rle["counts"]
     if not isinstance(counts, str | bytes):
-        return encode(runs.mask())
+        return from_runs(np.diff(runs.edges), runs.size)
     return {
         "size": list(runs.size),
         "counts": counts if isinstance(counts, str) else counts.decode("ascii"),

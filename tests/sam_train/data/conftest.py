@@ -54,7 +54,7 @@ def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make():
     """The functions above, for tests that cannot import them."""
     return _Make

@@ -52,6 +52,16 @@ def test_uncompressed_counts_mean_the_same(mask):
 
 
 @pytest.mark.parametrize("mask", random_masks(30))
+@pytest.mark.parametrize(
+    ("top", "left", "below", "right"), [(0, 0, 0, 0), (2, 3, 0, 0), (0, 1, 4, 2)]
+)
+def test_a_crop_is_encoded_as_the_whole_mask_it_lies_in(mask, top, left, below, right):
+    whole = np.pad(mask, ((top, below), (left, right)))
+
+    assert rle.encode_crop(mask, top, left, whole.shape) == rle.encode(whole)
+
+
+@pytest.mark.parametrize("mask", random_masks(30))
 def test_coverage_is_the_exact_area_in_each_cell_of_any_grid(mask):
     rng = np.random.default_rng(mask.size)
     x_edges = np.sort(rng.uniform(-2, mask.shape[1] + 2, 6))

@@ -1,0 +1,295 @@
+"""`sam-convert data=NAME out=DIR`: any source to SA-1B shards, by several processes, going on after a kill.
+
+out/convert.json     what is being converted, and how; written first
+out/.parts/          finished shards, and what is known of each, until all are there
+out/train-000000.tar the shards, and val-000000.tar
+out/manifest.json    their counts and checksums; written last: it marks the conversion as finished
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from sam_train.checkpoints.files import write_atomically
+from sam_train.convert import pool
+from sam_train.convert.sample import ShardSettings
+from sam_train.convert.unit import (
+    Job,
+    Part,
+    Progress,
+    Unit,
+    finished_parts,
+    part_path,
+)
+from sam_train.convert.units import count_units, tolerant
+from sam_train.data.datamodule import hold_out
+from sam_train.data.source import DamageTally, Source
+from sam_train.training.run_folder import differences
+
+log = logging.getLogger(__name__)
+
+CONFIG, MANIFEST, PARTS, LOCK = "convert.json", "manifest.json", ".parts", ".lock"
+
+
+@dataclass
+class _Tally:
+    """What was left out, and how many images were not."""
+
+    num_images: int = 0
+    num_small: int = 0
+    num_empty: int = 0
+    damaged: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, part: Part) -> None:
+        self.num_images += len(part.keys)
+        self.num_small += part.num_small
+        self.num_empty += part.num_empty
+        self.damaged += [(name, reason) for name, reason in part.damaged]
+
+    def left_out(self) -> dict[str, Any]:
+        return {
+            "small_masks": self.num_small,
+            "images_without_masks": self.num_empty,
+            "damaged": [{"name": name, "reason": reason} for name, reason in sorted(self.damaged)],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """A conversion of one data set.
+
+    Attributes:
+        splits: the sources, by "train" and "val"; no image is in both.
+        out: the folder of shards.
+        settings: of the shards.
+        config: what else decides on the result, to tell another conversion from this one.
+        max_bad_fraction: of images that may be damaged.
+    """
+
+    splits: Mapping[str, Source]
+    out: Path
+    settings: ShardSettings
+    config: Mapping[str, Any]
+    max_bad_fraction: float = 0.05
+    _progress: _Tally = field(default_factory=_Tally, init=False, repr=False)
+
+    def run(self, num_workers: int) -> dict[str, Any]:
+        """Converts what is missing, and returns the manifest.
+
+        Raises:
+            ValueError: the folder holds something else, or too many images are damaged.
+        """
+        if (finished := self._open_folder()) is not None:
+            return finished
+        with _locked(self.out / PARTS / LOCK):
+            for leftover in self.out.glob(f"{PARTS}/.*.unfinished"):
+                leftover.unlink()
+            units = self._units()
+            self._convert(units, num_workers)
+            manifest = self._put_in_place(units)
+        shutil.rmtree(self.out / PARTS)
+        return manifest
+
+    def _open_folder(self) -> dict[str, Any] | None:
+        """Sees that the folder is this conversion's; returns the manifest if that is finished."""
+        path = self.out / CONFIG
+        config = json.loads(json.dumps(self.config, default=str))
+        if not path.is_file():
+            if self.out.is_dir() and any(self.out.iterdir()):
+                raise ValueError(f"{self.out} holds files already; choose another out=DIR")
+            write_atomically(path, partial(_dump, config))
+        elif changes := differences(json.loads(path.read_text()), config):
+            lines = "\n".join(f"  {line}" for line in changes[:20])
+            raise ValueError(
+                f"{self.out} holds another conversion:\n{lines}\n"
+                "Choose another out=DIR, or delete the folder"
+            )
+        manifest = self.out / MANIFEST
+        (self.out / PARTS).mkdir(exist_ok=True)
+        return json.loads(manifest.read_text()) if manifest.is_file() else None
+
+    def _units(self) -> list[Unit]:
+        counts = {
+            split: count_units(source, self.settings.images_per_shard)
+            for split, source in self.splits.items()
+        }
+        # The data's own size is part of what is converted: with more files, units are others.
+        path = self.out / PARTS / "units.json"
+        if path.is_file() and (before := json.loads(path.read_text())) != counts:
+            raise ValueError(
+                f"the data has changed since this conversion was begun: {before} pieces then, "
+                f"{counts} now; choose another out=DIR, or delete {self.out}"
+            )
+        write_atomically(path, partial(_dump, counts))
+        units, first = [], 0
+        for split, count in counts.items():
+            units += [Unit(split, number, count, first) for number in range(count)]
+            first += count
+        return units
+
+    def _convert(self, units: Sequence[Unit], num_workers: int) -> None:
+        folder = self.out / PARTS
+        done = {unit: finished_parts(folder, unit) for unit in units}
+        for parts in done.values():
+            for part in parts:
+                self._progress.add(part)
+        if self._progress.num_images:
+            log.info("going on: %d images are there already", self._progress.num_images)
+        missing = [unit for unit, parts in done.items() if not (parts and parts[-1].is_last)]
+        job = Job(
+            {split: tolerant(one) for split, one in self.splits.items()}, folder, self.settings
+        )
+        judge = _Judge(self.max_bad_fraction, self._progress)
+        news: Iterator[Progress] = pool.run(job, missing, min(num_workers, len(missing)))
+        bar = tqdm(unit=" images", disable=not sys.stderr.isatty(), initial=judge.seen)
+        with bar:
+            for progress in news:
+                bar.update(progress.num_images)
+                if progress.part is not None:
+                    self._progress.add(progress.part)
+                    judge.look_at(progress.part)
+        judge.finish()
+
+    def _put_in_place(self, units: Sequence[Unit]) -> dict[str, Any]:
+        """Gives finished shards their names, in the order of the units, and writes the manifest."""
+        folder = self.out / PARTS
+        splits: dict[str, Any] = {}
+        moves: list[tuple[Path, Path]] = []
+        for split in self.splits:
+            shards: list[dict[str, Any]] = []
+            keys: Counter[str] = Counter()
+            for unit in (unit for unit in units if unit.split == split):
+                parts = finished_parts(folder, unit)
+                assert parts and parts[-1].is_last
+                for number, part in enumerate(parts):
+                    if not part.keys:
+                        continue
+                    name = f"{split}-{len(shards):06d}.tar"
+                    moves.append((part_path(folder, unit, number, "tar"), self.out / name))
+                    shards.append(_entry(name, part))
+                    keys.update(part.keys)
+            _check_keys(keys)
+            splits[split] = {
+                "images": len(keys),
+                "masks": sum(shard["masks"] for shard in shards),
+                "shards": shards,
+            }
+        if not any(split["images"] for split in splits.values()):
+            raise ValueError("there is no image with a mask in this data, so there is no shard")
+        for old, new in moves:
+            if old.is_file():  # else an earlier run got so far
+                old.replace(new)
+        manifest = {"splits": splits} | self._progress.left_out()
+        write_atomically(self.out / MANIFEST, partial(_dump, manifest))
+        return manifest
+
+
+def conversion(
+    train: Source,
+    val: Source | None,
+    *,
+    out: Path,
+    settings: ShardSettings,
+    config: Mapping[str, Any],
+    max_bad_fraction: float,
+    val_share: float,
+) -> Conversion:
+    """A conversion of a data set's two splits; where both are the same images, a share becomes `val`."""
+    if not 0 <= val_share < 1:
+        raise ValueError(f"val_share is in [0, 1), got {val_share}")
+    splits = {"train": train}
+    if val is not None and val != train:
+        splits = dict(zip(("train", "val"), hold_out(train, val, val_share), strict=True))
+    elif val is not None and val_share:
+        splits = dict(zip(("train", "val"), hold_out(train, train, val_share), strict=True))
+    return Conversion(
+        splits=splits,
+        out=out,
+        settings=settings,
+        config=config,
+        max_bad_fraction=max_bad_fraction,
+    )
+
+
+def summary(manifest: Mapping[str, Any], out: Path) -> str:
+    """The manifest in a few lines."""
+    lines = [
+        f"{split}: {content['images']} images, {content['masks']} masks in "
+        f"{len(content['shards'])} shards, {sum(s['bytes'] for s in content['shards']) / 2**20:.1f} MiB"
+        for split, content in manifest["splits"].items()
+    ]
+    damaged = manifest["damaged"]
+    lines.append(
+        f"left out: {len(damaged)} damaged images, {manifest['images_without_masks']} without a mask, "
+        f"{manifest['small_masks']} masks below min_area"
+    )
+    lines += [f"  {one['name']}: {one['reason']}" for one in damaged[:10]]
+    if len(damaged) > 10:
+        lines.append(f"  and {len(damaged) - 10} more, in manifest.json")
+    return "\n".join([*lines, f"See {out / MANIFEST}; sam-convert check={out} verifies it"])
+
+
+class _Judge:
+    """Says what is damaged, and ends the conversion when it is too much."""
+
+    def __init__(self, max_bad_fraction: float, before: _Tally) -> None:
+        if not 0 <= max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction is in [0, 1], got {max_bad_fraction}")
+        self.seen = before.num_images + before.num_empty + len(before.damaged)
+        self.tally = DamageTally("sam-convert", max_bad_fraction, self.seen, len(before.damaged))
+        self.tally.names = [name for name, _ in before.damaged]
+
+    def look_at(self, part: Part) -> None:
+        self.tally.seen += len(part.keys) + part.num_empty + len(part.damaged)
+        for name, reason in part.damaged:
+            self.tally.damaged(name, reason)
+
+    def finish(self) -> None:
+        self.tally.finish()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"another sam-convert is writing to {path.parent.parent}; wait for it, or stop it"
+            ) from None
+        yield
+
+
+def _entry(name: str, part: Part) -> dict[str, Any]:
+    return {
+        "name": name,
+        "images": len(part.keys),
+        "masks": part.num_masks,
+        "bytes": part.num_bytes,
+        "sha256": part.sha256,
+    }
+
+
+def _check_keys(keys: Counter[str]) -> None:
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(
+            f"{len(twice)} names are those of several images ({', '.join(twice[:5])}): with "
+            "keys=numbered each image gets one of its own; choose another out=DIR for it"
+        )
+
+
+def _dump(content: Any, path: Path) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,43 @@
+"""A source in parts that are converted apart from each other, the same ones each time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from sam_train.data.indexed import IndexedSource
+from sam_train.data.mixture import MixtureSource
+from sam_train.data.sa1b import ShardSource
+from sam_train.data.source import HeldOut, Source
+
+OF_OTHERS = 8
+"""Units of a source that does not say how large it is."""
+
+
+def count_units(source: Source, images_per_shard: int) -> int:
+    """In how many readers' shares a source is converted: about one a shard, whoever reads it.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing to read.
+    """
+    if isinstance(source, HeldOut):
+        share = source.share if source.keep == "held_out" else 1 - source.share
+        return max(1, math.ceil(share * count_units(source.source, images_per_shard)))
+    if isinstance(source, IndexedSource):
+        return max(1, math.ceil(len(source.items) / images_per_shard))
+    if isinstance(source, ShardSource):
+        return len(source.shards())
+    return OF_OTHERS
+
+
+def tolerant(source: Source) -> Source:
+    """A source that leaves it to its user to judge how much damage is too much."""
+    if isinstance(source, HeldOut):
+        return replace(source, source=tolerant(source.source))
+    if isinstance(source, MixtureSource):
+        return replace(
+            source, sources={name: tolerant(one) for name, one in source.sources.items()}
+        )
+    if isinstance(source, IndexedSource | ShardSource):
+        return replace(source, max_bad_fraction=1.0)
+    return source

@@ -1,0 +1,93 @@
+"""Image files of a folder: sizes, pixels, and pixel values that name objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sam_train.data.shards import decode_image, quiet_pillow
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+"""What counts as an image in a folder, in lower case."""
+
+
+def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
+    """The (H, W, 3) uint8 RGB pixels of a file, which must have this (H, W); see `decode_image`."""
+    return decode_image(path.read_bytes(), size)
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """The (H, W) of an image file, which is not decoded.
+
+    Raises:
+        ValueError: it is no image.
+    """
+    with quiet_pillow():
+        try:
+            with Image.open(path) as image:
+                return image.height, image.width
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"its image cannot be read: {error}") from None
+
+
+def read_mask_file(path: Path) -> Image.Image:
+    """A mask file, decoded.
+
+    Raises:
+        ValueError: it is no image, or damaged.
+    """
+    with quiet_pillow():
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise ValueError(f"its mask {path} cannot be decoded: {error}") from None
+
+
+def read_labels(path: Path, size: tuple[int, int], *, colour: bool) -> np.ndarray:
+    """A file's pixel values as (H, W) integers.
+
+    Args:
+        path: the file.
+        size: the (H, W) it must have.
+        colour: whether a pixel's value is its colour, red + 256 green + 65536 blue (as in COCO's
+            panoptic PNGs), and 0 where it is transparent; else it is its number: a palette's index, a
+            grey value of up to 16 bits.
+
+    Raises:
+        ValueError: it cannot be decoded, or is of another size or kind.
+    """
+    image = read_mask_file(path)
+    check_size(path, image, size)
+    if not colour:
+        return index_values(path, image)
+    channels = np.asarray(image.convert("RGBA")).astype(np.int64)
+    labels: np.ndarray = channels[..., :3] @ np.array([1, 256, 65536])
+    return np.where(channels[..., 3] == 0, 0, labels)
+
+
+def index_values(path: Path, image: Image.Image) -> np.ndarray:
+    """The number of each pixel, (H, W)."""
+    values = np.asarray(image)
+    if values.ndim == 3:
+        grey = values[..., 0]
+        if len(image.getbands()) > 2 and (values[..., :3] != grey[..., None]).any():
+            raise ValueError(f"its mask {path} is in colour; for colour = object say kind=colour")
+        values = grey
+    if values.dtype.kind == "f":
+        if not np.equal(values, np.rint(values)).all():
+            raise ValueError(f"its mask {path} holds fractions, expected whole numbers")
+        values = values.astype(np.int64)
+    return values
+
+
+def check_size(path: Path, image: Image.Image, size: tuple[int, int]) -> None:
+    """Raises a ValueError where a mask has not the (H, W) of its image."""
+    if (image.height, image.width) != tuple(size):
+        raise ValueError(
+            f"its mask {path} is {image.height} x {image.width} pixels (height x width), "
+            f"the image {size[0]} x {size[1]}"
+        )

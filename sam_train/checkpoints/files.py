@@ -1,14 +1,11 @@
-"""Files of tensors, read and written so that nothing in them can run and nothing is left half written."""
+"""Files of tensors, read so that nothing in them can run."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import tempfile
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,25 +71,3 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     return content
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, then puts it in place: all of it or none.
-
-    Args:
-        path: the final place; its folder is made.
-        write: writes to the path it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    unfinished = Path(name)
-    try:
-        write(unfinished)
-        # mkstemp makes files for the owner's eyes alone.
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -63,6 +63,18 @@ class Interaction(NamedTuple):
     new_click: bool
 
 
+class _ClickNumbers(NamedTuple):
+    """What is drawn for one click on each of P objects.
+
+    Attributes:
+        uniform: (P,) in [0, 1), of places drawn from the whole error; None if no click is.
+        is_center: (P,) bool, at the centre of the error instead.
+    """
+
+    uniform: Tensor | None
+    is_center: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptSimulator:
     """A first prompt from the ground truth, then clicks on what the model got wrong.
@@ -205,13 +217,16 @@ class PromptSimulator:
             none = torch.zeros(len(gt_masks), 2, 2, device=gt_masks.device)
             labels = torch.full(none.shape[:2], PADDING, device=gt_masks.device)
             return Prompts(none, labels, given_mask_logits(gt_masks))
-        as_clicks = click_prompts(self.click(gt_masks, None, None, first))
+        numbers = self._click_numbers(first)
         if self.box_prob == 0:
-            return as_clicks
+            return click_prompts(self._place(gt_masks, None, None, numbers))
         tight = masks_to_boxes(gt_masks) if boxes is None else boxes
         height, width = gt_masks.shape[-2:]
         as_boxes = box_prompts(self._jitter(tight, first, (height, width)))
         is_box = (first.uniform(1) < self.box_prob) & ~is_empty(gt_masks)[:, None]
+        # Centres are costly: none where a box is given.
+        numbers = numbers._replace(is_center=numbers.is_center & ~is_box[:, 0])
+        as_clicks = click_prompts(self._place(gt_masks, None, None, numbers))
         return Prompts(
             torch.where(is_box[..., None], as_boxes.point_coords, as_clicks.point_coords),
             torch.where(is_box, as_boxes.point_labels, as_clicks.point_labels),
@@ -253,20 +268,42 @@ class PromptSimulator:
         if pred_masks is not None and self.corrections_from_gt > 0:
             forgets = draws.uniform(1)[..., None] < self.corrections_from_gt
             pred_masks = pred_masks & ~forgets
+        return self._place(gt_masks, pred_masks, exclude, self._click_numbers(draws))
+
+    def _click_numbers(self, draws: PassDraws) -> _ClickNumbers:
+        """Draws what a click needs; recorded runs hold to the order of the columns."""
+        everywhere = torch.ones(len(draws.state), dtype=torch.bool, device=draws.state.device)
         if self.click_sampling == "center":
-            return center_click(gt_masks, pred_masks, exclude)
-        anywhere = uniform_click(gt_masks, pred_masks, draws.uniform(1)[:, 0], exclude)
+            return _ClickNumbers(None, everywhere)
+        uniform = draws.uniform(1)[:, 0]
         if self.center_prob == 0:
-            return anywhere
-        is_center = draws.uniform(1)[:, 0] < self.center_prob
+            return _ClickNumbers(uniform, ~everywhere)
+        return _ClickNumbers(uniform, draws.uniform(1)[:, 0] < self.center_prob)
+
+    def _place(
+        self,
+        gt_masks: Tensor,
+        pred_masks: Tensor | None,
+        exclude: Tensor | None,
+        numbers: _ClickNumbers,
+    ) -> Clicks:
+        """Clicks at the drawn places; where neither is asked for, at pixel (0, 0)."""
+        if numbers.uniform is None:
+            coords = torch.zeros(len(gt_masks), 2, device=gt_masks.device)
+            labels = torch.zeros(len(gt_masks), dtype=torch.long, device=gt_masks.device)
+        else:
+            coords, labels = uniform_click(gt_masks, pred_masks, numbers.uniform, exclude)
+            if self.center_prob == 0:
+                return Clicks(coords, labels)
+        rows = numbers.is_center
         centers = center_click(
-            gt_masks[is_center],
-            None if pred_masks is None else pred_masks[is_center],
-            None if exclude is None else exclude[is_center],
+            gt_masks[rows],
+            None if pred_masks is None else pred_masks[rows],
+            None if exclude is None else exclude[rows],
         )
-        coords, labels = anywhere.coords.clone(), anywhere.labels.clone()
-        coords[is_center], labels[is_center] = centers.coords, centers.labels
-        return Clicks(coords, labels)
+        return Clicks(
+            coords.index_put((rows,), centers.coords), labels.index_put((rows,), centers.labels)
+        )
 
     def _jitter(self, boxes: Tensor, draws: PassDraws, size: tuple[int, int]) -> Tensor:
         limit_px = self.max_box_noise_px * max(size) / REFERENCE_SIDE_PX

@@ -319,3 +319,11 @@ def test_two_processes_take_the_step_of_one(
     ranks = [torch.load(tmp_path / f"weights_2_{rank}.pt") for rank in range(2)]
     for name, weight in ranks[0].items():
         assert torch.equal(weight, ranks[1][name]), f"{name} drifts apart"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_precision_that_rounds_coordinates_is_refused(
+    make_training: MakeTraining, blobs: ImageBatch, precision: str
+) -> None:
+    with pytest.raises(ValueError, match=precision.replace("true", "mixed")):
+        fit(make_training(), [blobs], precision=precision)

@@ -35,7 +35,6 @@ from sam_train.checkpoints.save import save_hugging_face, to_hugging_face
 from sam_train.losses.mask import MaskLoss
 from sam_train.losses.multimask import InteractiveLoss
 from sam_train.models.sam import Sam
-from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import PromptSimulator
 from sam_train.structures import ImageBatch, Prompts
 from sam_train.training.interactive import InteractiveTraining

@@ -93,6 +93,9 @@ class ImageRecord:
         size: (H, W) as the metadata states it.
         annotations: the image's masks.
         load: returns the (H, W, 3) uint8 RGB pixels.
+        load_reduced: returns them at 1/n of the size, rounded up, given a largest n (1, 2, 4 or 8), and
+            the n it took: pixel i covers [n * i, n * (i + 1)) of the original. None where the source
+            cannot do it for less than the full pixels cost.
         source: the data set's name, for logs and per-source scores.
         damaged: takes the reason why this record cannot be used after all and returns what to raise.
         cursor: where the stream that gave this record goes on after it.
@@ -107,11 +110,18 @@ class ImageRecord:
     damaged: Callable[[object], Exception] = ValueError
     cursor: Cursor = ()
     epoch: int = 0
+    load_reduced: Callable[[int], tuple[np.ndarray, int]] | None = None
 
     @cached_property
     def image(self) -> np.ndarray:
         """The (H, W, 3) uint8 RGB pixels."""
         return self.load()
+
+    def reduced_image(self, shrink: int) -> tuple[np.ndarray, int]:
+        """The pixels at 1/n of the size, and n, at most `shrink`; see `load_reduced`."""
+        if self.load_reduced is None or shrink == 1 or "image" in self.__dict__:
+            return self.image, 1
+        return self.load_reduced(shrink)
 
 
 class ImageSample(NamedTuple):

@@ -87,7 +87,7 @@ class ToSample:
         visible_boxes = np.stack([box for _, box in filter(None, decoded)])
         return ImageSample(
             key=record.key,
-            image=self._image(record.image, view, rng),
+            image=self._image(record, view, rng),
             masks=torch.from_numpy(np.stack(masks)),
             boxes=torch.from_numpy(view.boxes_to_input(visible_boxes)).float(),
             input_size=view.input_size,
@@ -155,18 +155,32 @@ class ToSample:
         upright[rows, columns] = covered >= best / 2 * (1 - 1e-9)
         return view.orient(upright)
 
-    def _image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> Tensor:
-        x0, y0, x1, y1 = view.window
+    def _image(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Tensor:
         height, width = view.resized
-        window = image[y0:y1, x0:x1]
-        if window.shape[:2] != view.resized:
-            # Bilinear with antialiasing, as segment_anything's ResizeLongestSide.
-            resized = Image.fromarray(window).resize((width, height), Image.Resampling.BILINEAR)
+        image, reduced = record.reduced_image(_shrink(view))
+        x0, y0, x1, y1 = (side / reduced for side in view.window)
+        if reduced == 1 and (y1 - y0, x1 - x0) == view.resized:
+            window = image[int(y0) : int(y1), int(x0) : int(x1)]
+        else:
+            # Bilinear with antialiasing, as segment_anything's ResizeLongestSide. Rows and columns far
+            # outside of the window are not copied.
+            left, top = int(x0), int(y0)
+            near = image[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
+            box = (x0 - left, y0 - top, x1 - left, y1 - top)
+            resized = Image.fromarray(near).resize((width, height), Image.Resampling.BILINEAR, box)
             window = np.asarray(resized)
         window = view.orient(window)
         if self.colour is not None:
             window = self.colour(np.ascontiguousarray(window), rng)
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+
+
+def _shrink(view: View) -> int:
+    """The coarsest of a JPEG's own scales that is no coarser than the view."""
+    x0, y0, x1, y1 = view.window
+    height, width = view.resized
+    scale = min((x1 - x0) / width, (y1 - y0) / height)
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= scale)
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

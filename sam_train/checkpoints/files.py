@@ -1,15 +1,12 @@
-"""Files of tensors, read and written so that nothing in them can run and nothing is left half written."""
+"""Files of tensors, read so that nothing in them can run."""
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,29 +87,3 @@ def check_whole(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged, cut short or no checkpoint: {error}") from error
     if bad is not None:
         raise CheckpointError(f"{path} is damaged: the checksum of {bad} is wrong")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, then puts it in place: all of it or none.
-
-    Args:
-        path: the final place; its folder is made.
-        write: writes to the path it is given.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    unfinished = Path(name)
-    try:
-        write(unfinished)
-        # mkstemp makes files for the owner's eyes alone.
-        umask = os.umask(0)
-        os.umask(umask)
-        unfinished.chmod(0o666 & ~umask)
-        with unfinished.open("rb+") as file:
-            os.fsync(
-                file.fileno()
-            )  # a machine that fails may else keep the name and not the content
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)

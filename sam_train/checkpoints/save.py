@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from torch import Tensor
 
-from sam_train.checkpoints.files import write_atomically
 from sam_train.checkpoints.sam_keys import MOBILE_SAM, OFFICIAL_VIT, KeyTable, hugging_face
 from sam_train.checkpoints.sam_sizes import SamSizes
 from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
 from sam_train.models.sam import Sam
+from sam_train.ops.files import write_atomically
 
 _IMAGENET_CLASSES = 1000
 
@@ -72,7 +72,7 @@ def save_hugging_face(model: Sam, folder: str | Path) -> None:
         Path(folder) / "model.safetensors",
         partial(save_file, state, metadata={"format": "pt"}),
     )
-    write_atomically(Path(folder) / "config.json", lambda path: path.write_text(text))
+    write_atomically(Path(folder) / "config.json", text)
 
 
 def _checked_vit(model: Sam, form: str) -> Sam:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from sam_train.checkpoints.files import write_atomically
 from sam_train.convert import pool
 from sam_train.data.image_pairs import PairItems, sa1b_source
 from sam_train.data.indexed import IndexedSource
@@ -23,6 +22,7 @@ from sam_train.data.shards import decode_annotation, decode_image, parse_sample
 from sam_train.data.tar_samples import read_samples
 from sam_train.ops import rle
 from sam_train.ops.drawing import captioned, overlay_masks, save_image
+from sam_train.ops.files import write_atomically
 from sam_train.structures import Annotation
 
 PAIRS_PER_TASK = 1000

@@ -23,7 +23,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sam_train.checkpoints.files import write_atomically
 from sam_train.convert import pool
 from sam_train.convert.sample import ShardSettings
 from sam_train.convert.unit import (
@@ -37,6 +36,7 @@ from sam_train.convert.unit import (
 from sam_train.convert.units import count_units, tolerant
 from sam_train.data.datamodule import hold_out
 from sam_train.data.source import DamageTally, Source
+from sam_train.ops.files import write_atomically
 from sam_train.training.run_folder import differences
 
 log = logging.getLogger(__name__)

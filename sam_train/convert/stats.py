@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sam_train.checkpoints.files import write_atomically
 from sam_train.data.image_pairs import sa1b_source
 from sam_train.ops.drawing import new_figure, save_figure
+from sam_train.ops.files import write_atomically
 
 QUANTILES = {"min": 0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1}
 SMALL_PX, LARGE_PX = 32**2, 96**2

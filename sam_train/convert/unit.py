@@ -12,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sam_train.checkpoints.files import write_atomically
 from sam_train.convert.sample import ShardSettings, make_sample, safe_key
 from sam_train.convert.tar_writer import TarWriter
 from sam_train.data.source import DamagedSampleError, Source
+from sam_train.ops.files import write_atomically
 from sam_train.structures import Cursor, ImageRecord
 
 MASKS_PER_UNIT, IMAGES_PER_UNIT = 10**7, 10**6

@@ -20,6 +20,10 @@ CROP_ATTEMPTS = 5
 """A random crop without any mask to draw is tried anew this often before the whole image is taken."""
 
 
+Lines = tuple[np.ndarray, np.ndarray]
+"""x and y of the mask grid's lines, original frame, clipped to the window: see `View.grid_edges`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToSample:
     """Draws masks of an image, crops, resizes and augments; decodes no other mask, and no pixel twice.
@@ -78,8 +82,16 @@ class ToSample:
         if self.flips is not None:
             view = self.flips(view, rng)
         drawn = np.sort(rng.permutation(drawable)[: self.max_masks])
+        # What all masks share is made once.
+        x0, y0, x1, y1 = view.window
+        x_lines, y_lines = view.grid_edges(self.img_size / self.mask_size, self.mask_size)
+        lines = x_lines.clip(x0, x1), y_lines.clip(y0, y1)
+        visible = _clip(boxes, view.window)
         try:
-            decoded = [self._decode(candidates[i], view, boxes[i]) for i in drawn.tolist()]
+            decoded = [
+                self._decode(candidates[i], view, lines, boxes[i], visible[i])
+                for i in drawn.tolist()
+            ]
         except ValueError as error:  # run lengths are looked at no earlier than here
             raise record.damaged(error) from None
         masks = [mask for mask, _ in filter(None, decoded)]
@@ -89,7 +101,7 @@ class ToSample:
         visible_boxes = np.stack([box for _, box in filter(None, decoded)])
         return ImageSample(
             key=record.key,
-            image=self._image(record.image, view, rng),
+            image=self._image(record, view, rng),
             masks=torch.from_numpy(np.stack(masks)),
             boxes=torch.from_numpy(view.boxes_to_input(visible_boxes)).float(),
             input_size=view.input_size,
@@ -121,11 +133,15 @@ class ToSample:
         )
 
     def _decode(
-        self, annotation: Annotation, view: View, box: np.ndarray
+        self,
+        annotation: Annotation,
+        view: View,
+        lines: Lines,
+        box: np.ndarray,
+        visible: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """The (h, w) bool mask on the mask grid and the xyxy box, original frame, of what is visible."""
         runs = Runs(annotation.rle)
-        visible = _clip(box, view.window)
         if (visible != box).any():
             x0, y0 = np.floor(visible[:2])
             x1, y1 = np.ceil(visible[2:])
@@ -134,22 +150,21 @@ class ToSample:
                 return None
             x, y = np.flatnonzero(cut.any(axis=0)), np.flatnonzero(cut.any(axis=1))
             box = np.array([x0 + x[0], y0 + y[0], x0 + x[-1] + 1, y0 + y[-1] + 1])
-        mask = self._on_grid(runs, view, box)
+        mask = self._on_grid(runs, view, lines, box)
         if mask is None:
             raise ValueError(f"annotation {annotation.id} has no pixel in its own bbox")
         return mask, box
 
-    def _on_grid(self, runs: Runs, view: View, box: np.ndarray) -> np.ndarray | None:
+    def _on_grid(self, runs: Runs, view: View, lines: Lines, box: np.ndarray) -> np.ndarray | None:
         """Cells covered at least half as much as the best covered one.
 
         In most masks that one is full; the rest, too thin to fill a cell, would vanish otherwise.
         """
-        x_lines, y_lines = view.grid_edges(self.img_size / self.mask_size, self.mask_size)
-        columns, rows = _cells(x_lines, box[0], box[2]), _cells(y_lines, box[1], box[3])
-        x0, y0, x1, y1 = view.window
+        x_lines, y_lines = lines
+        left, top, right, bottom = box.tolist()
+        columns, rows = _cells(x_lines, left, right), _cells(y_lines, top, bottom)
         covered = runs.coverage(
-            np.clip(x_lines[columns.start : columns.stop + 1], x0, x1),
-            np.clip(y_lines[rows.start : rows.stop + 1], y0, y1),
+            x_lines[columns.start : columns.stop + 1], y_lines[rows.start : rows.stop + 1]
         )
         best = covered.max(initial=0.0)
         if best == 0:
@@ -159,18 +174,32 @@ class ToSample:
         upright[rows, columns] = covered >= best / 2 * (1 - 1e-9)
         return view.orient(upright)
 
-    def _image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> Tensor:
-        x0, y0, x1, y1 = view.window
+    def _image(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Tensor:
         height, width = view.resized
-        window = image[y0:y1, x0:x1]
-        if window.shape[:2] != view.resized:
-            # Bilinear with antialiasing, as segment_anything's ResizeLongestSide.
-            resized = Image.fromarray(window).resize((width, height), Image.Resampling.BILINEAR)
+        image, reduced = record.reduced_image(_shrink(view))
+        x0, y0, x1, y1 = (side / reduced for side in view.window)
+        if reduced == 1 and (y1 - y0, x1 - x0) == view.resized:
+            window = image[int(y0) : int(y1), int(x0) : int(x1)]
+        else:
+            # Bilinear with antialiasing, as segment_anything's ResizeLongestSide. Rows and columns far
+            # outside of the window are not copied.
+            left, top = int(x0), int(y0)
+            near = image[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
+            box = (x0 - left, y0 - top, x1 - left, y1 - top)
+            resized = Image.fromarray(near).resize((width, height), Image.Resampling.BILINEAR, box)
             window = np.asarray(resized)
         window = view.orient(window)
         if self.colour is not None:
             window = self.colour(np.ascontiguousarray(window), rng)
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+
+
+def _shrink(view: View) -> int:
+    """The coarsest of a JPEG's own scales that is no coarser than the view."""
+    x0, y0, x1, y1 = view.window
+    height, width = view.resized
+    scale = min((x1 - x0) / width, (y1 - y0) / height)
+    return max(n for n in (1, 2, 4, 8) if n == 1 or n <= scale)
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

@@ -31,10 +31,10 @@ from sam_train.metrics.clicks import (
 )
 from sam_train.models.sam import Sam
 from sam_train.ops.drawing import click_strip, new_figure, save_figure, save_image, tiled
+from sam_train.ops.files import write_atomically
 from sam_train.ops.rle import decode
 from sam_train.prompts.simulator import PromptSimulator
 from sam_train.structures import ImageRecord
-from sam_train.training.run_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,8 @@ class ObjectScore:
     """A row of the table: one object and its curve.
 
     Attributes:
-        key: of its image.
+        key: of its image, for people; two shards may hold images of the same key.
+        image: number of its image in the order of the source.
         index: of its annotation in the image's record.
         id: of its annotation.
         area: pixels of the original image.
@@ -57,6 +58,7 @@ class ObjectScore:
     """
 
     key: str
+    image: int
     index: int
     id: int
     area: int
@@ -123,13 +125,13 @@ class ClickBenchmark:
         scores: list[ObjectScore] = []
         dataset, num_images = "", 0
         with tqdm(total=self.max_masks, unit=" masks", desc="clicks", dynamic_ncols=True) as bar:
-            for record in self._records(source):
+            for image, record in enumerate(self._records(source)):
                 try:
                     curves = self._rollout(model, record)
                 except DamagedSampleError:  # counted and logged already
                     continue
                 metrics.update(curves)
-                scores += _scores(record, curves)
+                scores += _scores(image, record, curves)
                 dataset, num_images = record.source, num_images + 1
                 bar.update(len(curves.areas))
                 bar.set_postfix_str(f"{num_images} images, {_running(metrics)}", refresh=False)
@@ -173,27 +175,27 @@ class ClickBenchmark:
     ) -> None:
         """Plays the chosen objects again: the first time, nobody knew which they would be."""
         cases = choose_cases(scores, self.num_cases)
-        wanted: dict[str, dict[int, ObjectScore]] = defaultdict(dict)
+        wanted: dict[int, dict[int, ObjectScore]] = defaultdict(dict)
         for score in (score for group in cases.values() for score in group):
-            wanted[score.key][score.index] = score
-        strips: dict[tuple[str, int], np.ndarray] = {}
-        for record in self._records(source):
-            objects = wanted.pop(record.key, {})
+            wanted[score.image][score.index] = score
+        strips: dict[tuple[int, int], np.ndarray] = {}
+        for image, record in enumerate(self._records(source)):
+            objects = wanted.pop(image, {})
             if objects:
                 strips |= self._strips(model, record, objects)
             if not wanted:
                 break
         for name, group in cases.items():
-            rows = [strips[score.key, score.index] for score in group]
+            rows = [strips[score.image, score.index] for score in group]
             if rows:
                 save_image(folder / f"{name}.png", tiled(rows, 1))
 
     def _strips(
         self, model: Sam, record: ImageRecord, objects: dict[int, ObjectScore]
-    ) -> dict[tuple[str, int], np.ndarray]:
+    ) -> dict[tuple[int, int], np.ndarray]:
         traces = trace_clicks(model, record, list(objects), self.simulator, seed=self.seed)
         return {
-            (record.key, index): click_strip(
+            (score.image, index): click_strip(
                 record.image,
                 decode(record.annotations[index].rle),
                 steps,
@@ -203,11 +205,13 @@ class ClickBenchmark:
         }
 
 
-def _scores(record: ImageRecord, curves: ClickCurves) -> Iterator[ObjectScore]:
+def _scores(image: int, record: ImageRecord, curves: ClickCurves) -> Iterator[ObjectScore]:
     columns = zip(*(part.tolist() for part in curves), strict=True)
     for ious, predicted, oracle, box, area, index in columns:
         id_ = record.annotations[index].id
-        yield ObjectScore(record.key, index, id_, area, tuple(ious), predicted[0], oracle, box)
+        yield ObjectScore(
+            record.key, image, index, id_, area, tuple(ious), predicted[0], oracle, box
+        )
 
 
 def _running(metrics: ClickMetrics) -> str:
@@ -222,7 +226,7 @@ def choose_cases(scores: Sequence[ObjectScore], number: int) -> dict[str, list[O
     Returns:
         Lists of at most `number`, under `worst`, `median` and `best`.
     """
-    ranked = sorted(scores, key=lambda score: (score.mean_iou, score.key, score.index))
+    ranked = sorted(scores, key=lambda score: (score.mean_iou, score.image, score.index))
     middle = len(ranked) // 2
     outwards = sorted(range(len(ranked)), key=lambda i: (abs(i - middle), i))
     orders = {"worst": ranked, "median": [ranked[i] for i in outwards], "best": ranked[::-1]}
@@ -230,12 +234,12 @@ def choose_cases(scores: Sequence[ObjectScore], number: int) -> dict[str, list[O
 
 
 def _from_different_images(scores: Sequence[ObjectScore], number: int) -> list[ObjectScore]:
-    seen: set[str] = set()
+    seen: set[int] = set()
     first_of_image: list[ObjectScore] = []
     others: list[ObjectScore] = []
     for score in scores:
-        (others if score.key in seen else first_of_image).append(score)
-        seen.add(score.key)
+        (others if score.image in seen else first_of_image).append(score)
+        seen.add(score.image)
         if len(first_of_image) == number:
             break
     return (first_of_image + others)[:number]

@@ -25,6 +25,10 @@ START_RADII = (1.0, 2.0, 0.5)
 """The ellipses that the candidates start as, in half sides of the prompt; repeated as needed."""
 START_LOGIT = 1.5
 SOFT_LOGIT = 4.0
+TOKEN_PARTS = 3
+"""Numbers of 8 significant bits (bfloat16) that together hold one of 24 (float32)."""
+TOKEN_NUMBERS = 6 * TOKEN_PARTS
+"""Places that a `PromptFrame` takes in a token."""
 
 
 class PromptFrame(NamedTuple):
@@ -80,15 +84,26 @@ class PromptFrame(NamedTuple):
         sign = torch.where(kind == BACKGROUND, -1.0, 1.0) * is_point.any(dim=1, keepdim=True)
         return cls(center, half_sides.clamp(min=0.5 / min(pixels)), is_box.float(), sign)
 
-    def as_token(self, width: int) -> Tensor:
-        """The same as the first numbers of one token (P, 1, width), to travel with the point tokens."""
-        numbers = torch.cat(self, dim=1)
-        return F.pad(numbers, (0, width - numbers.shape[1]))[:, None]
+    def as_token(self, width: int, dtype: torch.dtype) -> Tensor:
+        """The same as the first numbers of one token (P, 1, width), to travel with the point tokens.
+
+        Args:
+            width: of the tokens, `TOKEN_NUMBERS` at least.
+            dtype: of the tokens. What it cannot hold of a number is said by two more: bfloat16 alone
+                would move a click at 1,000 pixels by two.
+        """
+        rest = torch.cat(self, dim=1)
+        parts = []
+        for _ in range(TOKEN_PARTS):
+            parts.append(rest.to(dtype))
+            rest = rest - parts[-1].to(rest.dtype)
+        return F.pad(torch.cat(parts, dim=1), (0, width - TOKEN_NUMBERS))[:, None]
 
     @classmethod
     def from_token(cls, token: Tensor) -> PromptFrame:
         """The inverse of `as_token`, in float32."""
-        return cls(*token[:, 0, :6].float().split((2, 2, 1, 1), dim=1))
+        parts = token[:, 0, :TOKEN_NUMBERS].float().unflatten(1, (TOKEN_PARTS, -1))
+        return cls(*parts.sum(dim=1).split((2, 2, 1, 1), dim=1))
 
 
 class FirstGuess(nn.Module):

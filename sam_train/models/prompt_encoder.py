@@ -120,7 +120,7 @@ class PromptEncoder(nn.Module):
             frame = PromptFrame.of_prompts(
                 coords, labels, self.input_image_size, corrects=masks is not None
             )
-            sparse = torch.cat([frame.as_token(self.embed_dim).to(sparse.dtype), sparse], dim=1)
+            sparse = torch.cat([frame.as_token(self.embed_dim, sparse.dtype), sparse], dim=1)
             if masks is not None:
                 logits = F.pixel_unshuffle(masks, self.mask_input_size[0] // dense.shape[-2])
                 dense = torch.cat([dense, logits.to(dense.dtype)], dim=1)

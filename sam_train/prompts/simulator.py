@@ -15,6 +15,7 @@ from sam_train.prompts.boxes import gaussian_box_shifts, shift_boxes, uniform_bo
 from sam_train.prompts.draws import PassDraws, PromptDraws
 from sam_train.prompts.masks import best_candidate, chosen_logits, given_mask_logits
 from sam_train.prompts.points import Clicks, center_click, uniform_click
+from sam_train.prompts.several_points import SeveralPoints
 from sam_train.structures import (
     BACKGROUND,
     BOX_BOTTOM_RIGHT,
@@ -39,10 +40,12 @@ class Plan(NamedTuple):
         new_prompt: a pass each: whether something is said that was not said before. The first is True;
             a False pass only feeds the last answer back.
         mask_first: the first prompt is a mask brought along.
+        num_first_points: above 1 where the first prompt is so many points at once.
     """
 
     new_prompt: tuple[bool, ...]
     mask_first: bool = False
+    num_first_points: int = 1
 
 
 class Interaction(NamedTuple):
@@ -61,6 +64,18 @@ class Interaction(NamedTuple):
     chosen: Tensor
     pass_index: int
     new_click: bool
+
+
+class _ClickNumbers(NamedTuple):
+    """What is drawn for one click on each of P objects.
+
+    Attributes:
+        uniform: (P,) in [0, 1), of places drawn from the whole error; None if no click is.
+        is_center: (P,) bool, at the centre of the error instead.
+    """
+
+    uniform: Tensor | None
+    is_center: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +105,7 @@ class PromptSimulator:
         num_corrections: clicks after the first prompt.
         num_extra_passes: passes without a new click: one last, any others at random places among the
             clicks.
+        several: starts some batches with several points at once; None, as SAM, starts none.
     """
 
     mask_prob: float = 0.0
@@ -103,6 +119,7 @@ class PromptSimulator:
     corrections_from_gt: float = 0.0
     num_corrections: int = 8
     num_extra_passes: int = 2
+    several: SeveralPoints | None = None
 
     def __post_init__(self) -> None:
         for name in ("mask_prob", "box_prob", "center_prob", "corrections_from_gt"):
@@ -141,7 +158,8 @@ class PromptSimulator:
             passes += [False, True] if click in inserted_before else [True]
         passes += [False] * min(self.num_extra_passes, 1)
         mask_first = bool(torch.rand((), generator=generator) < self.mask_prob)
-        return Plan(tuple(passes), mask_first)
+        num_points = 1 if self.several is None else self.several.num_points(generator)
+        return Plan(tuple(passes), mask_first, 1 if mask_first else num_points)
 
     def rollout(
         self,
@@ -155,7 +173,7 @@ class PromptSimulator:
         """Runs the passes of `plan`; the model may be trained on each as it is yielded.
 
         Three candidates are asked for in the first pass (a click or a box is one prompt, which may be
-        ambiguous), a single one afterwards.
+        ambiguous), a single one afterwards and where the first prompt is several points.
 
         Args:
             decode: the model, from prompts in the grid's frame.
@@ -166,9 +184,12 @@ class PromptSimulator:
             to_masks: takes the chosen logits (P, h, w) to the grid as (P, H, W) bool; by default a
                 threshold at 0, for logits that are on the grid already.
         """
-        prompts = self.first_prompts(gt_masks, boxes, draws, mask_first=plan.mask_first)
+        num_points = plan.num_first_points
+        prompts = self.first_prompts(
+            gt_masks, boxes, draws, mask_first=plan.mask_first, num_points=num_points
+        )
         for index, is_new in enumerate(plan.new_prompt):
-            prediction = decode(prompts, index == 0)
+            prediction = decode(prompts, index == 0 and num_points == 1)
             chosen = best_candidate(prediction)
             yield Interaction(prompts, prediction, chosen, index, is_new)
             if index + 1 == len(plan.new_prompt):
@@ -188,6 +209,7 @@ class PromptSimulator:
         draws: PromptDraws,
         *,
         mask_first: bool = False,
+        num_points: int = 1,
     ) -> Prompts:
         """What is said before the model has answered anything.
 
@@ -196,22 +218,35 @@ class PromptSimulator:
             boxes: (P, 4) xyxy of the same grid, or None for the tight boxes of the masks.
             draws: the random numbers of these P objects.
             mask_first: give the masks themselves, with no points.
+            num_points: above 1, give so many points at once (see `several`), and no boxes.
 
         Returns:
-            Prompts of two points each: a click and padding, or the corners of a box.
+            Prompts of two points each: a click and padding, or the corners of a box; with `num_points`,
+            of so many clicks and padding.
         """
         first = draws.for_pass(0)
         if mask_first:
             none = torch.zeros(len(gt_masks), 2, 2, device=gt_masks.device)
             labels = torch.full(none.shape[:2], PADDING, device=gt_masks.device)
             return Prompts(none, labels, given_mask_logits(gt_masks))
-        as_clicks = click_prompts(self.click(gt_masks, None, None, first))
-        if self.box_prob == 0:
-            return as_clicks
+        numbers = self._click_numbers(first)
+        if self.box_prob == 0 and num_points == 1:
+            return click_prompts(self._place(gt_masks, None, None, numbers))
         tight = masks_to_boxes(gt_masks) if boxes is None else boxes
+        if num_points > 1:
+            assert self.several is not None
+            prompts = click_prompts(self._place(gt_masks, None, None, numbers))
+            # No pass is numbered -1: what else is drawn stays as it is.
+            more = draws.for_pass(-1)
+            for clicks in self.several.more_points(gt_masks, tight, num_points - 1, more):
+                prompts = add_clicks(prompts, clicks)
+            return prompts
         height, width = gt_masks.shape[-2:]
         as_boxes = box_prompts(self._jitter(tight, first, (height, width)))
         is_box = (first.uniform(1) < self.box_prob) & ~is_empty(gt_masks)[:, None]
+        # Centres are costly: none where a box is given.
+        numbers = numbers._replace(is_center=numbers.is_center & ~is_box[:, 0])
+        as_clicks = click_prompts(self._place(gt_masks, None, None, numbers))
         return Prompts(
             torch.where(is_box[..., None], as_boxes.point_coords, as_clicks.point_coords),
             torch.where(is_box, as_boxes.point_labels, as_clicks.point_labels),
@@ -253,20 +288,42 @@ class PromptSimulator:
         if pred_masks is not None and self.corrections_from_gt > 0:
             forgets = draws.uniform(1)[..., None] < self.corrections_from_gt
             pred_masks = pred_masks & ~forgets
+        return self._place(gt_masks, pred_masks, exclude, self._click_numbers(draws))
+
+    def _click_numbers(self, draws: PassDraws) -> _ClickNumbers:
+        """Draws what a click needs; recorded runs hold to the order of the columns."""
+        everywhere = torch.ones(len(draws.state), dtype=torch.bool, device=draws.state.device)
         if self.click_sampling == "center":
-            return center_click(gt_masks, pred_masks, exclude)
-        anywhere = uniform_click(gt_masks, pred_masks, draws.uniform(1)[:, 0], exclude)
+            return _ClickNumbers(None, everywhere)
+        uniform = draws.uniform(1)[:, 0]
         if self.center_prob == 0:
-            return anywhere
-        is_center = draws.uniform(1)[:, 0] < self.center_prob
+            return _ClickNumbers(uniform, ~everywhere)
+        return _ClickNumbers(uniform, draws.uniform(1)[:, 0] < self.center_prob)
+
+    def _place(
+        self,
+        gt_masks: Tensor,
+        pred_masks: Tensor | None,
+        exclude: Tensor | None,
+        numbers: _ClickNumbers,
+    ) -> Clicks:
+        """Clicks at the drawn places; where neither is asked for, at pixel (0, 0)."""
+        if numbers.uniform is None:
+            coords = torch.zeros(len(gt_masks), 2, device=gt_masks.device)
+            labels = torch.zeros(len(gt_masks), dtype=torch.long, device=gt_masks.device)
+        else:
+            coords, labels = uniform_click(gt_masks, pred_masks, numbers.uniform, exclude)
+            if self.center_prob == 0:
+                return Clicks(coords, labels)
+        rows = numbers.is_center
         centers = center_click(
-            gt_masks[is_center],
-            None if pred_masks is None else pred_masks[is_center],
-            None if exclude is None else exclude[is_center],
+            gt_masks[rows],
+            None if pred_masks is None else pred_masks[rows],
+            None if exclude is None else exclude[rows],
         )
-        coords, labels = anywhere.coords.clone(), anywhere.labels.clone()
-        coords[is_center], labels[is_center] = centers.coords, centers.labels
-        return Clicks(coords, labels)
+        return Clicks(
+            coords.index_put((rows,), centers.coords), labels.index_put((rows,), centers.labels)
+        )
 
     def _jitter(self, boxes: Tensor, draws: PassDraws, size: tuple[int, int]) -> Tensor:
         limit_px = self.max_box_noise_px * max(size) / REFERENCE_SIDE_PX

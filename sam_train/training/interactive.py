@@ -121,7 +121,17 @@ class InteractiveTraining(lightning.LightningModule):
             self.model.prompt_encoder.mask_downscaling.requires_grad_(False)
 
     def setup(self, stage: str) -> None:
-        """Learns which data sets validation tells apart."""
+        """Learns which data sets validation tells apart.
+
+        Raises:
+            ValueError: the precision would round coordinates.
+        """
+        if (precision := str(self.trainer.precision)) in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision={precision} rounds the boxes of a batch (at 1,000 px by up to "
+                "2 px in bfloat16), the predicted IoUs and the steps of the optimiser: train in "
+                f"trainer.precision={precision.replace('true', 'mixed')}"
+            )
         self.val_sources = getattr(self.trainer.datamodule, "val_sources", ())  # type: ignore[attr-defined]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:

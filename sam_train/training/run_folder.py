@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -23,6 +22,7 @@ from typing import Any
 import yaml
 
 from sam_train.checkpoints.files import CheckpointError, check_whole
+from sam_train.ops.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -191,21 +191,6 @@ def finish(folder: Path, result: Mapping[str, Any]) -> None:
     write_atomically(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader, or a second start, sees either the old text or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8"
-    ) as file:
-        file.write(text)
-    try:
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
-
-
 def _refusal(folder: Path, changes: list[str]) -> str:
     shown = changes[:MAX_DIFFERENCES]
     if len(changes) > len(shown):
@@ -254,9 +239,3 @@ def _is_ignored(name: str) -> bool:
 
 def _show(value: Any) -> str:
     return "absent" if value is ABSENT else json.dumps(value)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

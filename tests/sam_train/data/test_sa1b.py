@@ -11,6 +11,7 @@ import pytest
 
 from sam_train.data import shards
 from sam_train.data.sa1b import ShardSource, splits_by_shard
+from sam_train.data.shards import encode_record
 from sam_train.data.source import DamagedSampleError, UnusableSourceError, readable
 from sam_train.data.transforms import ToSample
 
@@ -267,6 +268,36 @@ def test_cached_images_are_decoded_once_and_stay_behind_when_pickled(tmp_path, m
             assert record.image.shape == (24, 32, 3)
     assert len(decoded) == 2
     assert len(pickle.loads(pickle.dumps(source))._cache.images) == 0
+
+
+def jpeg_files(record):
+    return {f"{record.key}.{suffix}": data for suffix, data in encode_record(record).items()}
+
+
+def test_the_cache_tells_the_scales_of_an_image_apart(tmp_path, make):
+    make.tar(tmp_path / "a.tar", jpeg_files(make.square("a")))
+    source = ShardSource(path=str(tmp_path), cache_mb=1)
+    for _ in range(2):
+        for record in source.records(epoch=0, reader=0, num_readers=1, shuffle=False):
+            assert [record.reduced_image(shrink)[0].shape for shrink in (4, 2, 1)] == [
+                (6, 8, 3),
+                (12, 16, 3),
+                (24, 32, 3),
+            ]
+    assert len(source._cache.images) == 3
+
+
+def test_an_image_that_cannot_be_decoded_at_a_reduced_size_is_counted(tmp_path, make, monkeypatch):
+    make.tar(tmp_path / "a.tar", jpeg_files(make.square("a")))
+
+    def fails(*_):
+        raise ValueError("cut short")
+
+    monkeypatch.setattr(shards, "decode_reduced", fails)
+    source = ShardSource(path=str(tmp_path), max_bad_fraction=1)
+    for record in source.records(epoch=0, reader=0, num_readers=1, shuffle=False):
+        with pytest.raises(DamagedSampleError, match="cut short"):
+            record.reduced_image(2)
 
 
 def test_the_cache_keeps_to_its_size(tmp_path, make):

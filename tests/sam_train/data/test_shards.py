@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 
-from sam_train.data.shards import decode_record, encode_record
+from sam_train.data.shards import decode_record, decode_reduced, encode_record
 from sam_train.structures import Annotation
 
 
@@ -103,3 +103,39 @@ def test_pixels_of_another_size_than_stated_are_refused(make):
     }
     with pytest.raises(ValueError, match="20 x 20 .* 24 x 32"):
         decode_record("a", files).image  # noqa: B018
+
+
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_a_jpeg_is_decoded_at_a_reduced_size_each_pixel_where_it_was(make, shrink):
+    height, width = 83, 130
+    y, x = np.mgrid[:height, :width]
+    ramps = np.stack([x * 1.5, y * 2, 0 * x], axis=2).astype(np.uint8)
+    files = encode_record(make.record("a", np.eye(height, width, dtype=bool)[None], ramps))
+
+    pixels, taken = decode_record("a", files).reduced_image(shrink)
+
+    assert taken == shrink
+    assert pixels.shape == (-(-height // shrink), -(-width // shrink), 3)
+    middle = (shrink - 1) / 2  # of the pixels that one covers
+    y, x = np.mgrid[: height // shrink - 1, : width // shrink - 1] * shrink
+    inner = pixels[: y.shape[0], : y.shape[1]].astype(float)
+    np.testing.assert_allclose(inner[..., 0], (x + middle) * 1.5, atol=3)
+    np.testing.assert_allclose(inner[..., 1], (y + middle) * 2, atol=3)
+
+
+def test_what_is_no_jpeg_is_decoded_in_full(make):
+    record = make.record("a", np.eye(40, 60, dtype=bool)[None], noise(40, 60))
+    files = encode_record(record, suffix="png")
+
+    pixels, taken = decode_record("a", files).reduced_image(4)
+    of_a_wrong_name = decode_record("a", {"jpg": files["png"], "json": files["json"]})
+
+    assert (pixels.shape, taken) == ((40, 60, 3), 1)
+    assert of_a_wrong_name.reduced_image(4)[1] == 1
+
+
+def test_a_reduced_image_of_another_size_is_refused(make):
+    files = encode_record(make.record("a", np.eye(40, 60, dtype=bool)[None], noise(40, 60)))
+
+    with pytest.raises(ValueError, match="40 x 60 pixels .* its JSON says 40 x 64"):
+        decode_reduced(files["jpg"], (40, 64), 2)

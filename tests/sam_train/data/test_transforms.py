@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -9,6 +10,7 @@ from sam_train.data import transforms
 from sam_train.data.augment import ColourJitter, Flips
 from sam_train.data.crops import LargeScaleJitter, ObjectZoom
 from sam_train.data.sa1b import ShardSource
+from sam_train.data.shards import decode_record, encode_record
 from sam_train.data.transforms import ToSample
 
 IMG, GRID = 64, 32
@@ -190,3 +192,31 @@ def test_real_masks_agree_with_full_decoding(real_set, name):
             assert (shown & nearest).sum() / (shown | nearest).sum() > 0.8
             checked += 1
         assert checked or name == "nuclei"
+
+
+@pytest.mark.parametrize("crop", [None, LargeScaleJitter(scale=(0.5, 2.0))])
+def test_a_view_that_is_shrunk_shows_the_same_from_a_reduced_decoding(make, crop):
+    size = (301, 419)
+    y, x = np.mgrid[: size[0], : size[1]]
+    waves = 128 + 60 * np.sin(x / 17) + 60 * np.cos(y / 13)
+    pixels = np.repeat(waves[..., None], 3, axis=2).clip(0, 255).astype(np.uint8)
+    record = make.record("a", rectangle(size, 10, 10, 400, 290)[None], pixels)
+    record = decode_record("a", encode_record(record))
+    asked = []
+
+    def load_reduced(shrink):
+        asked.append(shrink)
+        return record.load_reduced(shrink)
+
+    reduced = dataclasses.replace(record, load_reduced=load_reduced)
+    full = dataclasses.replace(record, load_reduced=None)
+    transform = to_sample(crop=crop, flips=ALL_FLIPS)
+    for seed in range(20):
+        ours, expected = transform(reduced, seed), transform(full, seed)
+
+        difference = (ours.image.int() - expected.image.int()).abs()
+        assert difference.float().mean() < 1.5
+        assert difference.max() <= 8
+        assert torch.equal(ours.masks, expected.masks)
+    # 419 px to 64 is 1 to 6.5; a crop that is shown larger is decoded finer.
+    assert set(asked) == {4} if crop is None else len(set(asked)) > 1

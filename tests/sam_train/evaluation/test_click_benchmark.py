@@ -179,6 +179,27 @@ def test_pictures_are_drawn(run_dir):
     assert len(np.unique(worst.reshape(-1, 3), axis=0)) > 100
 
 
+class OneKey(Discs):
+    """Shards may hold different images under the same key."""
+
+    def record(self, index: int) -> ImageRecord:
+        return dataclasses.replace(super().record(index), key="same")
+
+
+def test_images_of_one_key_are_told_apart(run_dir, tmp_path):
+    benchmark = ClickBenchmark(simulator=SIMULATOR, num_cases=2)
+    benchmark.run(DiscModel(), OneKey(), tmp_path)
+
+    for name in ("worst", "best"):
+        with (
+            Image.open(tmp_path / f"figures/{name}.png") as same,
+            Image.open(run_dir / f"figures/{name}.png") as apart,
+        ):
+            # All but the captions, which hold the keys.
+            assert same.height == apart.height
+            assert (np.asarray(same)[24:200] == np.asarray(apart)[24:200]).mean() > 0.99
+
+
 def test_a_limit_measures_whole_images_in_the_shuffled_order(tmp_path):
     short = dataclasses.replace(SIMULATOR, num_corrections=0)
     benchmark = ClickBenchmark(simulator=short, max_masks=4, num_cases=0)
@@ -208,7 +229,7 @@ def test_nothing_to_measure_is_an_error_that_says_so(tmp_path):
 
 
 def score(key: str, index: int, iou: float) -> ObjectScore:
-    return ObjectScore(key, index, index, 100, (iou, *[math.nan] * 0), 0.5, iou, math.nan)
+    return ObjectScore(key, ord(key), index, index, 100, (iou,), 0.5, iou, math.nan)
 
 
 def test_cases_are_the_worst_middling_and_best_of_different_images():

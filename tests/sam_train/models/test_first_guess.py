@@ -95,10 +95,13 @@ def test_nothing_points_where_there_is_no_point(
     assert frame(points, labels).sign.item() == 0
 
 
-def test_a_frame_travels_in_a_token() -> None:
-    sent = frame([[20, 10], [60, 50]], BOX)
-    token = sent.as_token(32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frame_travels_in_a_token_of_any_precision_without_moving(dtype: torch.dtype) -> None:
+    coords = torch.tensor([[[1001.3, 517.0], [1018.6, 700.25]]])
+    sent = PromptFrame.of_prompts(coords, torch.tensor([BOX]), (1024, 1024), corrects=False)
+    token = sent.as_token(32, dtype)
     assert token.shape == (1, 1, 32)
+    assert token.dtype == dtype
     for before, after in zip(sent, PromptFrame.from_token(token), strict=True):
         assert torch.equal(before, after)
 

@@ -5,8 +5,9 @@ import torch
 from omegaconf import OmegaConf
 
 from sam_train import config
+from sam_train.prompts import simulator as simulator_module
 from sam_train.prompts.draws import PromptDraws
-from sam_train.prompts.points import Clicks
+from sam_train.prompts.points import Clicks, uniform_click
 from sam_train.prompts.simulator import (
     Plan,
     PromptSimulator,
@@ -364,3 +365,41 @@ def test_some_clicks_are_at_the_center(corrected: bool) -> None:
 def test_a_share_of_center_clicks_is_a_probability() -> None:
     with pytest.raises(ValueError, match="center_prob is a probability"):
         PromptSimulator(center_prob=1.5)
+
+
+def test_no_center_is_looked_for_where_a_box_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at = []
+
+    def counted(gt_masks: torch.Tensor, *arguments: object) -> Clicks:
+        looked_at.append(len(gt_masks))
+        return center_click(gt_masks, *arguments)
+
+    center_click = simulator_module.center_click
+    monkeypatch.setattr(simulator_module, "center_click", counted)
+    draws = PromptDraws.from_seeds([3], [200])
+    for settings in ({"center_prob": 1.0}, {"click_sampling": "center"}):
+        prompts = PromptSimulator(box_prob=0.5, **settings).first_prompts(objects(200), None, draws)
+        is_box = prompts.point_labels[:, 0] == BOX_TOP_LEFT
+        assert looked_at.pop() == (~is_box).sum()
+        assert 60 < is_box.sum() < 140
+
+
+def test_the_columns_of_the_first_pass_are_those_of_recorded_runs() -> None:
+    gt_masks, draws = objects(200), PromptDraws.from_seeds([3], [200])
+    simulator = PromptSimulator(box_prob=0.35, center_prob=0.4)
+    columns = draws.for_pass(0).uniform(
+        7
+    )  # the click, whether at the centre, four of the box, the kind
+
+    prompts = simulator.first_prompts(gt_masks, None, draws)
+
+    is_box = columns[:, 6] < 0.35
+    assert torch.equal(prompts.point_labels[:, 0] == BOX_TOP_LEFT, is_box)
+    at_center = PromptSimulator(click_sampling="center").click(
+        gt_masks, None, None, draws.for_pass(0)
+    )
+    is_center = (prompts.point_coords[:, 0] == at_center.coords).all(dim=1)
+    assert is_center[~is_box & (columns[:, 1] < 0.4)].all()
+    anywhere = uniform_click(gt_masks, None, columns[:, 0]).coords
+    is_anywhere = (prompts.point_coords[:, 0] == anywhere).all(dim=1)
+    assert is_anywhere[~is_box & (columns[:, 1] >= 0.4)].all()

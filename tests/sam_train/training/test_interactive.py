@@ -340,3 +340,11 @@ def test_what_saves_memory_changes_no_gradient(
     assert plain.keys() == saving.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(saving[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_precision_that_rounds_coordinates_is_refused(
+    make_training: MakeTraining, blobs: ImageBatch, precision: str
+) -> None:
+    with pytest.raises(ValueError, match=precision.replace("true", "mixed")):
+        fit(make_training(), [blobs], precision=precision)

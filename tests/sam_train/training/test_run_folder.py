@@ -158,23 +158,6 @@ def test_a_read_only_folder_cannot_be_written(tmp_path: Path) -> None:
         run_folder.prepare(tmp_path, CONFIG, Action.START)
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "metrics.json"
-    run_folder.write_atomically(path, "old")
-
-    def killed(*_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", killed)
-    with pytest.raises(OSError, match="disk full"):
-        run_folder.write_atomically(path, "new")
-
-    assert path.read_text() == "old"
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
-
-
 def test_the_result_is_json(tmp_path: Path) -> None:
     run_folder.finish(tmp_path, {"protocol": "clicks", "metrics": {"noc@90": 3.5}})
 

@@ -1,0 +1,39 @@
+"""Files that are either the old ones or the new ones, whenever a process ends."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:
+    """Fills a file beside `path`, then puts it in place: a reader sees all of it or what was there.
+
+    Args:
+        path: the final place; its folder is made.
+        content: text, or what writes to the path it is given.
+
+    Raises:
+        OSError: the folder or the file cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        if isinstance(content, str):
+            unfinished.write_text(content, encoding="utf-8")
+        else:
+            content(unfinished)
+        # mkstemp makes files for the owner's eyes alone.
+        umask = os.umask(0)
+        os.umask(umask)
+        unfinished.chmod(0o666 & ~umask)
+        with unfinished.open("rb+") as file:
+            # A machine that fails may else keep the name and not the content.
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -89,6 +89,23 @@ def evaluate(cfg: DictConfig) -> None:
     print(f"See {folder}")
 
 
+def precompute(cfg: DictConfig) -> None:
+    """sam-precompute: keeps the image embeddings of a data set on disk; adds what is missing."""
+    from sam_train.checkpoints.load import load_model
+
+    config.check_complete(cfg)
+    if cfg.split not in ("train", "val"):
+        raise ValueError(f"expected split=train or split=val, got {cfg.split}")
+    _prepare_host()
+    source = config.instantiate(cfg.data[cfg.split])
+    model = load_model(cfg.checkpoint, device=_device(cfg.device), img_size=cfg.img_size)
+    done = config.instantiate(cfg.precompute).run(model, source, Path(cfg.run_dir))
+    print(
+        f"{done.num_added} images encoded, {done.num_images} in {done.folder}, "
+        f"{done.bytes_per_image / 1e6:.2f} MB each"
+    )
+
+
 def _prepare_host() -> None:
     import torch
 
@@ -223,10 +240,13 @@ def _train_log(folder: Path) -> Iterator[None]:
         handler.close()
 
 
-JOBS: dict[str, Callable[[DictConfig], None]] = {"train": train, "eval": evaluate}
+JOBS: dict[str, Callable[[DictConfig], None]] = {
+    "train": train,
+    "eval": evaluate,
+    "precompute": precompute,
+}
 PLANNED = {
     "segment": "masks for your own images, automatically or from points and boxes",
-    "precompute": "image embeddings kept on disk",
     "convert": "COCO, folders, NIfTI and DICOM to SA-1B shards",
     "export": "official .pth, Hugging Face and ONNX files",
 }
@@ -252,7 +272,8 @@ def run(verb: str, argv: Sequence[str]) -> int:
         arguments = cli_arguments.parse(argv)
         _run_hydra(verb, arguments)
     except KeyboardInterrupt:
-        goes_on = "goes on from the last checkpoint" if verb == "train" else "starts over"
+        continues = {"train": "goes on from the last checkpoint", "precompute": "goes on"}
+        goes_on = continues.get(verb, "starts over")
         print(f"\nsam-{verb}: stopped by Ctrl-C. The same command {goes_on}.", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # the reader, `head` say, has seen enough

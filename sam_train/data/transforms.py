@@ -156,17 +156,22 @@ class ToSample:
         return view.orient(upright)
 
     def _image(self, image: np.ndarray, view: View, rng: np.random.Generator) -> Tensor:
-        x0, y0, x1, y1 = view.window
-        height, width = view.resized
-        window = image[y0:y1, x0:x1]
-        if window.shape[:2] != view.resized:
-            # Bilinear with antialiasing, as segment_anything's ResizeLongestSide.
-            resized = Image.fromarray(window).resize((width, height), Image.Resampling.BILINEAR)
-            window = np.asarray(resized)
-        window = view.orient(window)
+        window = resize_window(image, view)
         if self.colour is not None:
             window = self.colour(np.ascontiguousarray(window), rng)
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+
+
+def resize_window(image: np.ndarray, view: View) -> np.ndarray:
+    """The (h, w, 3) uint8 pixels of a view of an (H, W, 3) image, as the model is shown them."""
+    x0, y0, x1, y1 = view.window
+    height, width = view.resized
+    window = image[y0:y1, x0:x1]
+    if window.shape[:2] != view.resized:
+        # Bilinear with antialiasing, as segment_anything's ResizeLongestSide.
+        resized = Image.fromarray(window).resize((width, height), Image.Resampling.BILINEAR)
+        window = np.asarray(resized)
+    return view.orient(window)
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

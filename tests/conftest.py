@@ -43,16 +43,22 @@ def tiny_sam() -> Sam:
 
 
 @pytest.fixture
-def tiny_sam_file(tiny_sam: Sam, tmp_path: Path) -> Path:
+def save_model(tmp_path: Path) -> Callable[[Sam, dict[str, Any]], Path]:
+    """Writes a model and its config node as training does, without the optimiser's state."""
+
+    def save(model: Sam, node: dict[str, Any]) -> Path:
+        path = tmp_path / "model.ckpt"
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({RECORD_KEY: checkpoint_payload(node), "state_dict": state}, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def tiny_sam_file(tiny_sam: Sam, save_model: Callable[[Sam, dict[str, Any]], Path]) -> Path:
     """`tiny_sam` as a checkpoint of this project."""
-    return save_checkpoint(tiny_sam, model_config("sam_tiny"), tmp_path / "tiny_sam.ckpt")
-
-
-def save_checkpoint(model: Sam, node: dict[str, Any], path: Path) -> Path:
-    """Writes a model as training does; `node` is its config node."""
-    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    torch.save({RECORD_KEY: checkpoint_payload(node), "state_dict": state}, path)
-    return path
+    return save_model(tiny_sam, model_config("sam_tiny"))
 
 
 @pytest.fixture(scope="session")

@@ -86,9 +86,7 @@ def teacher_agreement(
     return Agreement(torch.cat(ious), torch.cat(box_ious), _embedding_error(*asked))
 
 
-def _answer(
-    image: EncodedImage, prompts: Prompts, multimask_output: bool
-) -> tuple[Tensor, Tensor]:
+def _answer(image: EncodedImage, prompts: Prompts, multimask_output: bool) -> tuple[Tensor, Tensor]:
     """The masks (P, H, W) of highest predicted IoU, and their logits (P, 1, h, w)."""
     prediction = image.decode(prompts, multimask_output)
     logits = chosen_logits(prediction, best_candidate(prediction))

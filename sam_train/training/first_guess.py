@@ -16,6 +16,7 @@ from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import PromptSimulator
 from sam_train.structures import ImageBatch, ImageFeatures, MaskPrediction, Prompts
 
+
 class Question(NamedTuple):
     """What the trained model was asked, with its input and not its answer.
 

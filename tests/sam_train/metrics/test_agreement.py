@@ -43,9 +43,7 @@ def test_a_model_agrees_with_itself(tiny_sam: Sam, synthetic_scenes: list[ImageR
     assert agreement.embedding_error == 0
 
 
-def test_the_nearer_student_agrees_more(
-    tiny_sam: Sam, synthetic_scenes: list[ImageRecord]
-) -> None:
+def test_the_nearer_student_agrees_more(tiny_sam: Sam, synthetic_scenes: list[ImageRecord]) -> None:
     near, far = (
         teacher_agreement(changed(tiny_sam, scale), tiny_sam, synthetic_scenes[0], CLICKS)
         for scale in (0.001, 0.1)

@@ -34,6 +34,7 @@ TRACEBACK = "SAM_TRAIN_TRACEBACK"
 GOES_ON = {
     "train": "goes on from the last checkpoint",
     "convert": "goes on with what is missing",
+    "precompute": "goes on with what is missing",
 }
 NO_NEWS = (
     "Checkpoint directory .* exists and is not empty",
@@ -120,6 +121,23 @@ def convert(cfg: DictConfig) -> None:
             val_share=cfg.val_share,
         )
         print(job.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+
+
+def precompute(cfg: DictConfig) -> None:
+    """sam-precompute: keeps the image embeddings of a data set on disk; adds what is missing."""
+    from sam_train.checkpoints.load import load_model
+
+    config.check_complete(cfg)
+    if cfg.split not in ("train", "val"):
+        raise ValueError(f"expected split=train or split=val, got {cfg.split}")
+    _prepare_host()
+    source = config.instantiate(cfg.data[cfg.split])
+    model = load_model(cfg.checkpoint, device=_device(cfg.device), img_size=cfg.img_size)
+    done = config.instantiate(cfg.precompute).run(model, source, Path(cfg.run_dir))
+    print(
+        f"{done.num_added} images encoded, {done.num_images} in {done.folder}, "
+        f"{done.bytes_per_image / 1e6:.2f} MB each"
+    )
 
 
 def _prepare_host() -> None:
@@ -265,10 +283,10 @@ JOBS: dict[str, Callable[[DictConfig], None]] = {
     "train": train,
     "eval": evaluate,
     "convert": convert,
+    "precompute": precompute,
 }
 PLANNED = {
     "segment": "masks for your own images, automatically or from points and boxes",
-    "precompute": "image embeddings kept on disk",
     "export": "official .pth, Hugging Face and ONNX files",
 }
 

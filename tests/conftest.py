@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from omegaconf import DictConfig
 
 from sam_train import config
+from sam_train.checkpoints.build import model_config
+from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.models.sam import Sam
 from sam_train.structures import ImageRecord
 
@@ -37,6 +40,25 @@ def tiny_sam() -> Sam:
     model = config.instantiate(config.compose("train", ["model=sam_tiny"]).model)
     assert isinstance(model, Sam)
     return model.eval()
+
+
+@pytest.fixture
+def save_model(tmp_path: Path) -> Callable[[Sam, dict[str, Any]], Path]:
+    """Writes a model and its config node as training does, without the optimiser's state."""
+
+    def save(model: Sam, node: dict[str, Any]) -> Path:
+        path = tmp_path / "model.ckpt"
+        state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({RECORD_KEY: checkpoint_payload(node), "state_dict": state}, path)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def tiny_sam_file(tiny_sam: Sam, save_model: Callable[[Sam, dict[str, Any]], Path]) -> Path:
+    """`tiny_sam` as a checkpoint of this project."""
+    return save_model(tiny_sam, model_config("sam_tiny"))
 
 
 @pytest.fixture(scope="session")

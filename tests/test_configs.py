@@ -38,7 +38,7 @@ def test_there_are_recipes() -> None:
     assert "quickstart" in RECIPES
 
 
-@pytest.mark.parametrize("root", ["train", "eval"])
+@pytest.mark.parametrize("root", ["train", "eval", "precompute"])
 def test_a_command_composes_as_it_stands(root: str) -> None:
     assert isinstance(config.compose(root), DictConfig)
 
@@ -64,9 +64,12 @@ def test_a_recipe_opens_with_its_command_and_says_what_it_costs(name: str) -> No
 @pytest.mark.usefixtures("ctrl_c_restored")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_runs_two_steps(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, tiny_sam_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    small = [*SMALL, *_small_data(config.compose("train", [f"experiment={name}"]))]
+    cfg = config.compose("train", [f"experiment={name}"])
+    small = [*SMALL, *_small_data(cfg)]
+    if "teacher" in cfg:
+        small.append(f"teacher.checkpoint={tiny_sam_file}")
 
     code = cli.run("train", [f"experiment={name}", f"run_dir={tmp_path}", *small])
 

@@ -175,20 +175,7 @@ class ToSample:
         return view.orient(upright)
 
     def _image(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Tensor:
-        height, width = view.resized
-        image, reduced = record.reduced_image(_shrink(view))
-        x0, y0, x1, y1 = (side / reduced for side in view.window)
-        if reduced == 1 and (y1 - y0, x1 - x0) == view.resized:
-            window = image[int(y0) : int(y1), int(x0) : int(x1)]
-        else:
-            # Bilinear with antialiasing, as segment_anything's ResizeLongestSide. Rows and columns far
-            # outside of the window are not copied.
-            left, top = int(x0), int(y0)
-            near = image[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
-            box = (x0 - left, y0 - top, x1 - left, y1 - top)
-            resized = Image.fromarray(near).resize((width, height), Image.Resampling.BILINEAR, box)
-            window = np.asarray(resized)
-        window = view.orient(window)
+        window = resize_window(record, view)
         if self.colour is not None:
             window = self.colour(np.ascontiguousarray(window), rng)
         return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
@@ -200,6 +187,22 @@ def _shrink(view: View) -> int:
     height, width = view.resized
     scale = min((x1 - x0) / width, (y1 - y0) / height)
     return max(n for n in (1, 2, 4, 8) if n == 1 or n <= scale)
+
+
+def resize_window(record: ImageRecord, view: View) -> np.ndarray:
+    """The (h, w, 3) uint8 pixels of a view of a record's image, as the model is shown them."""
+    height, width = view.resized
+    image, reduced = record.reduced_image(_shrink(view))
+    x0, y0, x1, y1 = (side / reduced for side in view.window)
+    if reduced == 1 and (y1 - y0, x1 - x0) == view.resized:
+        return view.orient(image[int(y0) : int(y1), int(x0) : int(x1)])
+    # Bilinear with antialiasing, as segment_anything's ResizeLongestSide. Rows and columns far
+    # outside of the window are not copied.
+    left, top = int(x0), int(y0)
+    near = image[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
+    box = (x0 - left, y0 - top, x1 - left, y1 - top)
+    resized = Image.fromarray(near).resize((width, height), Image.Resampling.BILINEAR, box)
+    return view.orient(np.asarray(resized))
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

@@ -187,22 +187,34 @@ def click_rollout(
         seed: of the simulator's draws, if it makes any.
     """
     image = EncodedImage.encode(model, record.image)
-    draws = _draws_of(record, seed, model.device)
-    height, width = record.size
-    chunk_size = max(1, min(chunk_size, MAX_MASK_BYTES // (height * width)))
+    draws = draws_of(record, seed, model.device)
     curves = []
-    for objects in torch.arange(len(record.annotations)).split(chunk_size):
-        gt_masks = _gt_masks(record, objects.tolist()).to(model.device)
-        areas = mask_area(gt_masks)
-        kept = areas > 0
-        objects, gt_masks = objects.to(model.device)[kept], gt_masks[kept]
+    for objects, gt_masks in object_chunks(record, chunk_size, model.device):
         ious, predicted, oracle = _play(image, gt_masks, simulator, draws.select(objects))
         box_ious = _box_ious(image, gt_masks, with_box)
-        curves.append(ClickCurves(ious, predicted, oracle, box_ious, areas[kept], objects))
+        areas = mask_area(gt_masks)
+        curves.append(ClickCurves(ious, predicted, oracle, box_ious, areas, objects))
     return ClickCurves(*(torch.cat(parts).cpu() for parts in zip(*curves, strict=True)))
 
 
-def _draws_of(record: ImageRecord, seed: int, device: torch.device) -> PromptDraws:
+def object_chunks(
+    record: ImageRecord, chunk_size: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The objects of an image that have a pixel, as many at a time as fit.
+
+    Yields:
+        Indices (n,) of annotations and their ground truth (n, H, W) bool; n may be 0.
+    """
+    height, width = record.size
+    chunk_size = max(1, min(chunk_size, MAX_MASK_BYTES // (height * width)))
+    for objects in torch.arange(len(record.annotations)).split(chunk_size):
+        gt_masks = _gt_masks(record, objects.tolist()).to(device)
+        kept = mask_area(gt_masks) > 0
+        yield objects.to(device)[kept], gt_masks[kept]
+
+
+def draws_of(record: ImageRecord, seed: int, device: torch.device) -> PromptDraws:
+    """The random numbers for all objects of an image."""
     return PromptDraws.from_seeds(
         [sample_seed(seed, 0, record.key)], [len(record.annotations)], device=device
     )
@@ -245,7 +257,7 @@ def trace_clicks(
     )
     image = EncodedImage.encode(model, record.image)
     gt_masks = _gt_masks(record, objects).to(model.device)
-    draws = _draws_of(record, seed, model.device).select(torch.tensor(objects, device=model.device))
+    draws = draws_of(record, seed, model.device).select(torch.tensor(objects, device=model.device))
     traces: list[list[ClickStep]] = [[] for _ in objects]
     for number, state in enumerate(play_clicks(image, gt_masks, simulator, draws), start=1):
         if number not in clicks:

@@ -102,8 +102,12 @@ class ClickMetrics:
 
     def update(self, curves: ClickCurves, source: str = "") -> None:
         """Adds the objects of one image of `source`, which counts only where several are told apart."""
-        values = self._values(curves).double().cpu()
-        sizes = torch.nn.functional.one_hot(size_class(curves.areas.cpu()), 3).double()
+        self._add(self._values(curves), curves.areas, source)
+
+    def _add(self, values: Tensor, areas: Tensor, source: str) -> None:
+        """Adds a row an object, (P, names), and its area."""
+        values = values.double().cpu()
+        sizes = torch.nn.functional.one_hot(size_class(areas.cpu()), 3).double()
         weights = torch.cat([torch.ones_like(sizes[:, :1]), sizes], dim=1).T
         sums = weights @ values.nan_to_num(0.0)
         counts = weights @ values.isfinite().double()

@@ -65,6 +65,22 @@ def boxes_to_input(boxes: Array, stride: float) -> Array:
     return boxes * stride
 
 
+def cells_inside(input_sizes: Tensor, num_cells: int, stride: float) -> Tensor:
+    """Which cells of a grid over the padded square begin in the image and not in its padding.
+
+    Args:
+        input_sizes: (N, 2) the (H, W) that is not padding, pixels of the model input.
+        num_cells: cells per side.
+        stride: input pixels per cell.
+
+    Returns:
+        (N, num_cells, num_cells) bool.
+    """
+    cells = torch.arange(num_cells, device=input_sizes.device) * stride
+    rows, columns = (cells < input_sizes[:, axis, None] for axis in (0, 1))
+    return rows[:, :, None] & columns[:, None, :]
+
+
 def prompts_to_input(prompts: Prompts, stride: float) -> Prompts:
     """Prompts on the mask grid to the model input frame: clicks are cells, box corners are edges."""
     labels = prompts.point_labels[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,32 @@ from sam_train.models.sam import Sam
 from sam_train.ops.coords import boxes_to_grid, prompts_to_input
 from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import PromptSimulator
-from sam_train.structures import ImageBatch, ImageFeatures, Prompts
+from sam_train.structures import ImageBatch, ImageFeatures, MaskPrediction, Prompts
+
+
+class Question(NamedTuple):
+    """What the trained model was asked, with its input and not its answer.
+
+    Attributes:
+        prompts: of P objects, model input frame.
+        image_index: (P,) the image of each in the batch.
+        multimask_output: candidates were asked for, else one mask.
+        is_guess: only the decoder's first guess was asked for.
+    """
+
+    prompts: Prompts
+    image_index: Tensor
+    multimask_output: bool
+    is_guess: bool
+
+
+class Peer(Protocol):
+    """Another model that is asked what the trained one is asked, and has a say in its losses."""
+
+    def mixed(self, question: Question, answer: MaskPrediction, gt_losses: Tensor) -> Tensor:
+        """The losses to learn from: (P,), of an answer whose losses by the ground truth are known."""
+        ...
+
 
 DRAWS_OF_GUESSES = 1000
 """Draws from here on are of guesses: none has the numbers of the passes that are played."""
@@ -67,6 +93,7 @@ class GuessTeaching:
         batch: ImageBatch,
         draws: PromptDraws,
         loss: InteractiveLoss,
+        peer: Peer | None = None,
     ) -> Tensor:
         """The losses of all guesses at all masks of the batch: (P * prompts_per_mask,)."""
         stride = model.image_encoder.img_size / batch.masks.shape[-1]
@@ -77,13 +104,14 @@ class GuessTeaching:
         ]
         coords = torch.cat([prompt.point_coords for prompt in prompts])
         labels = torch.cat([prompt.point_labels for prompt in prompts])
-        guess = model.guess(
-            features,
-            prompts_to_input(Prompts(coords, labels), stride),
-            image_index=batch.image_index.repeat(self.prompts_per_mask),
-        )
+        asked = prompts_to_input(Prompts(coords, labels), stride)
+        image_index = batch.image_index.repeat(self.prompts_per_mask)
+        guess = model.guess(features, asked, image_index=image_index)
         targets = covered_share(batch.masks, guess.low_res_masks.shape[-1])
-        return loss(guess, targets.repeat(self.prompts_per_mask, 1, 1)).total
+        losses = loss(guess, targets.repeat(self.prompts_per_mask, 1, 1)).total
+        if peer is None:
+            return losses
+        return peer.mixed(Question(asked, image_index, True, is_guess=True), guess, losses)
 
 
 def covered_share(masks: Tensor, side: int) -> Tensor:

@@ -17,7 +17,7 @@ from sam_train.losses.multimask import InteractiveLoss
 from sam_train.metrics.click_rollout import click_rollout
 from sam_train.metrics.clicks import ClickMetrics
 from sam_train.models.sam import Sam
-from sam_train.ops.coords import boxes_to_grid, prompts_to_input
+from sam_train.ops.coords import boxes_to_grid, cells_inside, prompts_to_input
 from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.simulator import Interaction, PromptSimulator
 from sam_train.structures import (
@@ -28,7 +28,7 @@ from sam_train.structures import (
     MaskPrediction,
     Prompts,
 )
-from sam_train.training.first_guess import GuessTeaching, halve, select_masks
+from sam_train.training.first_guess import GuessTeaching, Peer, Question, halve, select_masks
 from sam_train.training.non_finite import NonFiniteGuard
 from sam_train.training.optim import AdamW
 
@@ -155,13 +155,18 @@ class InteractiveTraining(lightning.LightningModule):
             self.model.set_img_size(full_size)
 
     def _loss(self, batch: ImageBatch) -> Tensor:
-        features = self.model.encode(batch.images, batch.input_sizes)
+        return self._prompted_loss(self.model.encode(batch.images, batch.input_sizes), batch)
+
+    def _prompted_loss(
+        self, features: ImageFeatures, batch: ImageBatch, peer: Peer | None = None
+    ) -> Tensor:
+        """Teaches the first guess and plays the passes; a peer may have a say in the losses."""
         counts = torch.bincount(batch.image_index, minlength=len(batch.images)).tolist()
         draws = PromptDraws.from_seeds(batch.seeds, counts, device=batch.masks.device)
         teaching = self.first_guess
         if teaching is None:
-            return self._played_loss(features, batch, draws)
-        guesses = teaching.loss(self.model, features, batch, draws, self.loss)
+            return self._played_loss(features, batch, draws, peer)
+        guesses = teaching.loss(self.model, features, batch, draws, self.loss, peer)
         guess_loss = guesses.sum() / self._mean_over_ranks(len(guesses))
         self.log("train/guess_loss", guess_loss.detach())
         if teaching.alone_share > 0 and self._progress_of_all() < teaching.alone_share:
@@ -169,12 +174,16 @@ class InteractiveTraining(lightning.LightningModule):
         rows = teaching.played(batch, draws)
         if teaching.teaches_encoder_alone:
             features = ImageFeatures(features.image_embeddings.detach())
-        played = self._played_loss(features, select_masks(batch, rows), draws.select(rows))
+        played = self._played_loss(features, select_masks(batch, rows), draws.select(rows), peer)
         self.log("train/played_loss", played.detach())
         return played + teaching.weight * guess_loss
 
     def _played_loss(
-        self, features: ImageFeatures, batch: ImageBatch, draws: PromptDraws
+        self,
+        features: ImageFeatures,
+        batch: ImageBatch,
+        draws: PromptDraws,
+        peer: Peer | None = None,
     ) -> Tensor:
         """Plays all passes on the masks of a batch; a mean over masks and passes."""
         self.has_played = True
@@ -189,7 +198,8 @@ class InteractiveTraining(lightning.LightningModule):
             )
 
         # What is predicted on the padding is no error that anyone would click on.
-        inside = cells_inside(batch, stride)[batch.image_index]
+        num_cells = batch.masks.shape[-1]
+        inside = cells_inside(batch.input_sizes, num_cells, stride)[batch.image_index]
         plan = self.prompts.plan(self._plan_generator())
         rollout = self.prompts.rollout(
             decode,
@@ -203,7 +213,13 @@ class InteractiveTraining(lightning.LightningModule):
         total = torch.zeros((), device=batch.masks.device)
         for interaction in rollout:
             answer = self.loss(interaction.prediction, batch.masks)
-            total = total + answer.total.sum() * share
+            losses = answer.total
+            if peer is not None:
+                asked = prompts_to_input(interaction.prompts, stride)
+                is_first = interaction.pass_index == 0
+                question = Question(asked, batch.image_index, is_first, is_guess=False)
+                losses = peer.mixed(question, interaction.prediction, losses)
+            total = total + losses.sum() * share
             self._log_answer(interaction, answer.candidate_ious, answer.mask)
         return total / len(plan.new_prompt) + self._nothing_left_out()
 
@@ -373,10 +389,3 @@ class InteractiveTraining(lightning.LightningModule):
             figures["train/iou_point"] = chosen_ious[~is_box].mean()
             figures["train/iou_box"] = chosen_ious[is_box].mean()
         self.log_dict(figures)
-
-
-def cells_inside(batch: ImageBatch, stride: float) -> Tensor:
-    """Which cells of the mask grid lie in the image and not in its padding: (N, h, w) bool."""
-    cells = torch.arange(batch.masks.shape[-1], device=batch.masks.device) * stride
-    rows, columns = (cells < batch.input_sizes[:, axis, None] for axis in (0, 1))
-    return rows[:, :, None] & columns[:, None, :]

@@ -82,3 +82,11 @@ def test_a_view_moves_boxes_pixels_and_grid_lines_alike(flips):
     on_grid[np.ix_(inside_y, inside_x)] = True
     height, width = shown.shape[0] // stride, shown.shape[1] // stride
     np.testing.assert_array_equal(view.orient(on_grid)[:height, :width], shown[::stride, ::stride])
+
+
+def test_cells_that_begin_in_the_padding_are_outside() -> None:
+    inside = coords.cells_inside(torch.tensor([[8, 8], [3, 5]]), 4, 2.0)
+
+    assert inside[0].all()
+    assert inside[1].any(dim=1).tolist() == [True, True, False, False]
+    assert inside[1].any(dim=0).tolist() == [True, True, True, False]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sam_train import config
+from sam_train.models.sam import Sam
 from sam_train.structures import ImageBatch
 from sam_train.training.interactive import InteractiveTraining
 
@@ -56,6 +59,14 @@ def make_training() -> Callable[..., InteractiveTraining]:
         return training
 
     return make
+
+
+@pytest.fixture
+def toy_teacher(save_model: Callable[[Sam, dict[str, Any]], Path]) -> Path:
+    """A checkpoint of the toy model, with other weights than `make_training` gives it."""
+    torch.manual_seed(1)
+    node = config.compose("train", TOY).model
+    return save_model(config.instantiate(node), config.plain(node, resolve=True))
 
 
 @pytest.fixture

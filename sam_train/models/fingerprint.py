@@ -1,0 +1,30 @@
+"""What an image encoder is, in a short text: the same text, the same embeddings."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from sam_train.models.sam import Sam
+
+
+def encoder_id(model: Sam) -> str:
+    """32 hexadecimal digits of the encoder's weights, its input size and its normalisation."""
+    digest = hashlib.blake2b(digest_size=16)
+    encoder = model.image_encoder
+    tensors: dict[str, Tensor] = dict(encoder.state_dict())
+    tensors |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
+    digest.update(f"{type(encoder).__name__} {encoder.img_size}".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def embedding_shape(model: Sam) -> tuple[int, int, int]:
+    """(C, h, w) of one image's embedding, fine features included."""
+    encoder = model.image_encoder
+    chans = encoder.out_chans + 4 * getattr(encoder, "high_res_chans", 0)
+    return chans, *model.prompt_encoder.image_embedding_size

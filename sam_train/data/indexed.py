@@ -95,6 +95,4 @@ class IndexedSource:
         load: Callable[..., np.ndarray] = partial(
             self._cache.load, name, record.load, tally, self.cache_mb * 2**20 / num_readers
         )
-        return replace(
-            record, source=self.name, load=load, damaged=partial(tally.damaged, name)
-        )
+        return replace(record, source=self.name, load=load, damaged=partial(tally.damaged, name))

@@ -166,9 +166,7 @@ class ShardSource:
                     record = self._record(item, tally, num_readers)
                 except DamagedSampleError:
                     continue
-                yield replace(
-                    record, cursor=(tuple(window), place + 1, tally.seen, tally.num_bad)
-                )
+                yield replace(record, cursor=(tuple(window), place + 1, tally.seen, tally.num_bad))
             window, num_given = following, 0
         tally.finish()
 

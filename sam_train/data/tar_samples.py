@@ -40,9 +40,7 @@ class BrokenTarError(OSError):
     """A tar that breaks off or holds what is no tar header; the message says where."""
 
 
-def read_samples(
-    url: str, is_wanted: Callable[[str], bool], start: int = 0
-) -> Iterator[TarSample]:
+def read_samples(url: str, is_wanted: Callable[[str], bool], start: int = 0) -> Iterator[TarSample]:
     """Reads the samples of a shard from byte `start` on; a local one is not read before it.
 
     A key that comes again with a suffix that it had begins another sample.

@@ -54,6 +54,9 @@ def train(cfg: DictConfig) -> None:
     _prepare_host()
     _settle_run_dir(cfg)
     _settle_model(cfg)
+    if cfg.estimate:
+        print(_estimate(cfg))
+        return
     folder, plain = Path(cfg.run_dir), config.plain(cfg, resolve=False)
     state = run_folder.inspect(folder)
     action = run_folder.decide(folder, state, plain, resume=cfg.resume)
@@ -119,6 +122,30 @@ def _settle_model(cfg: DictConfig) -> None:
     changes = config.given(cfg.model)
     del changes["from_checkpoint"]
     config.replace_node(cfg, "model", stored_config(cfg.checkpoint, changes))
+
+
+def _estimate(cfg: DictConfig) -> str:
+    """What the run would cost, without any of its weights or data."""
+    import torch
+
+    from sam_train.training import estimate
+    from sam_train.training.finetune import freeze
+
+    with torch.device("meta"):
+        module = config.instantiate(cfg.task)
+    freeze(module.model, cfg.finetune)
+    most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
+    accelerator = {"auto": _device("auto"), "gpu": "cuda"}.get(cfg.trainer.accelerator)
+    run = estimate.Run.of_trainer(
+        config.plain(cfg.trainer, resolve=True),
+        batch_size=cfg.data.batch_size,
+        num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
+    )
+    if cfg.estimate_tflops is not None:
+        stated = estimate.Speed(flops=1e12 * cfg.estimate_tflops)
+        return estimate.report(module, run, stated, "a device of the stated speed")
+    device = accelerator or "cpu"
+    return estimate.report(module, run, estimate.measure_speed(device, run.precision), device)
 
 
 def _build_training(

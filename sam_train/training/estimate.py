@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,6 +50,22 @@ class Run:
     accumulate: int = 1
     max_steps: int = -1
     seconds: float | None = None
+
+    @classmethod
+    def of_trainer(cls, trainer: Mapping[str, Any], *, batch_size: int, num_masks: int) -> Run:
+        """Reads the rest off the settings of conf/trainer."""
+        devices = trainer["devices"]
+        count = len(devices) if isinstance(devices, list) else devices
+        max_time = trainer["max_time"]
+        return cls(
+            batch_size=batch_size,
+            num_masks=num_masks,
+            precision=str(trainer["precision"]),
+            processes=trainer["num_nodes"] * (count if isinstance(count, int) and count > 0 else 1),
+            accumulate=trainer["accumulate_grad_batches"],
+            max_steps=trainer["max_steps"],
+            seconds=None if max_time is None else _seconds_of(str(max_time)),
+        )
 
 
 class Phase(NamedTuple):
@@ -221,6 +237,12 @@ def checkpoint_encoder(model: Sam, on: bool) -> None:
     getattr(backbone, "model", backbone).set_grad_checkpointing(on)
 
 
+def is_checkpointed(model: Sam) -> bool:
+    """Whether the image encoder recomputes its blocks."""
+    modules = model.image_encoder.modules()
+    return any(getattr(module, "grad_checkpointing", False) for module in modules)
+
+
 def can_checkpoint(model: Sam) -> bool:
     """Whether the image encoder is trained and knows how to recompute its blocks."""
     encoder: Any = model.image_encoder
@@ -228,7 +250,9 @@ def can_checkpoint(model: Sam) -> bool:
     return is_trained and hasattr(getattr(encoder, "backbone", None), "set_grad_checkpointing")
 
 
-def measure_speed(device: str, precision: str = "32-true") -> Speed:
+def measure_speed(
+    device: str, precision: str = "32-true", clock: Callable[[], float] = time.perf_counter
+) -> Speed:
     """Times a large matrix product, a large sum and a small one on this machine, for half a second each."""
     is_half = precision != "32-true" and device != "cpu"
     kind = {"device": device, "dtype": torch.bfloat16 if is_half else torch.float32}
@@ -237,19 +261,23 @@ def measure_speed(device: str, precision: str = "32-true") -> Speed:
     large = torch.rand(2**24, device=device)
     small = torch.rand(8, device=device, requires_grad=True)
     return Speed(
-        flops=2 * side**3 / _seconds(lambda: left @ right, device),
-        moved=3 * _num_bytes(large) / _seconds(lambda: torch.add(large, large), device),
-        seconds_per_operation=_seconds(lambda: small + small, device),
+        flops=2 * side**3 / _seconds(lambda: left @ right, device, clock),
+        moved=3 * _num_bytes(large) / _seconds(lambda: torch.add(large, large), device, clock),
+        seconds_per_operation=_seconds(lambda: small + small, device, clock),
     )
 
 
-def _seconds(work: Any, device: str) -> float:
+def _seconds(work: Callable[[], object], device: str, clock: Callable[[], float]) -> float:
     """Mean time of a call, after a first one."""
-    synchronize = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+    def synchronize() -> None:
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+
     work()
     synchronize()
-    start, count = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 0.5:
+    start, count = clock(), 0
+    while (spent := clock() - start) < 0.5:
         work()
         synchronize()
         count += 1
@@ -272,13 +300,12 @@ def report(module: InteractiveTraining, run: Run, speed: Speed, machine: str) ->
     lines += [f"memory of one process, {run.batch_size} images with {run.num_masks} masks in all"]
     lines += _memory_lines(last.memory)
     if can_checkpoint(module.model):
-        for on in (False, True):
-            cost = step_cost(module, run, stretches[-1], grad_checkpointing=on)
-            seconds = speed.seconds(cost.operations)
-            lines += [
-                f"model.image_encoder.grad_checkpointing={str(on).lower()}: "
-                f"{_gib(cost.memory.peak)}, {_duration(seconds)} a batch"
-            ]
+        on = not is_checkpointed(module.model)
+        other = step_cost(module, run, stretches[-1], grad_checkpointing=on)
+        lines += [
+            f"model.image_encoder.grad_checkpointing={str(on).lower()}: a peak of "
+            f"{_gib(other.memory.peak)}, {_duration(speed.seconds(other.operations))} a batch"
+        ]
     lines += ["", f"time on {machine}: {speed.flops / 1e12:.3g} TFLOP/s"]
     batch_seconds = [speed.seconds(cost.operations) for cost in costs]
     for phase, cost, seconds in zip(stretches, costs, batch_seconds, strict=True):
@@ -321,6 +348,15 @@ def _run_lines(run: Run, step_seconds: float) -> list[str]:
         hours = by_steps * run.processes / 3600
         lines += [f"{total}, {hours:,.1f} device hours; reading and validation come on top"]
     return lines
+
+
+def _seconds_of(max_time: str) -> float:
+    """Lightning's DD:HH:MM:SS in seconds."""
+    try:
+        days, hours, minutes, seconds = map(int, max_time.split(":"))
+    except ValueError:
+        raise ValueError(f"expected trainer.max_time as DD:HH:MM:SS, got {max_time}") from None
+    return ((24 * days + hours) * 60 + minutes) * 60 + seconds
 
 
 def _autocast(precision: str) -> AbstractContextManager[Any]:

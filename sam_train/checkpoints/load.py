@@ -85,12 +85,13 @@ def stored_config(path: str | Path, changes: Mapping[str, Any]) -> dict[str, Any
     return _merged(config, changes)
 
 
-def _merged(config: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(config)
     for name, value in changes.items():
         stored = config.get(name)
-        is_node = isinstance(value, Mapping) and isinstance(stored, dict)
-        merged[name] = _merged(stored, value) if is_node else value
+        if isinstance(value, Mapping) and isinstance(stored, Mapping):
+            value = _merged(stored, value)
+        merged[name] = value
     return merged
 
 

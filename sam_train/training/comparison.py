@@ -183,12 +183,14 @@ def _draw(path: Path, runs: Sequence[SweptRun], swept: Sequence[str], shown: Seq
 
 def _draw_finals(panel: Any, runs: Sequence[SweptRun], swept: Sequence[str], metric: str) -> None:
     """The final score over the one number that was swept, else a bar a run."""
-    numbers = [run.settings.get(swept[0]) for run in runs] if len(swept) == 1 else []
+    points = [
+        (float(value), run.metrics[metric])
+        for run in runs
+        if len(swept) == 1 and isinstance(value := run.settings.get(swept[0]), int | float)
+    ]
     panel.set_ylabel(metric)
-    if numbers and all(isinstance(number, int | float) for number in numbers):
-        points = sorted(
-            (number, run.metrics[metric]) for number, run in zip(numbers, runs, strict=True)
-        )
+    if len(points) == len(runs):
+        points.sort()
         panel.plot([x for x, _ in points], [y for _, y in points], marker="o")
         panel.set_xlabel(swept[0])
         lowest, highest = points[0][0], points[-1][0]

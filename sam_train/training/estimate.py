@@ -255,9 +255,9 @@ def measure_speed(
 ) -> Speed:
     """Times a large matrix product, a large sum and a small one on this machine, for half a second each."""
     is_half = precision != "32-true" and device != "cpu"
-    kind = {"device": device, "dtype": torch.bfloat16 if is_half else torch.float32}
+    dtype = torch.bfloat16 if is_half else torch.float32
     side = 1024 if device == "cpu" else 8192
-    left, right = (torch.rand(side, side, **kind) for _ in range(2))  # type: ignore[arg-type]
+    left, right = (torch.rand(side, side, device=device, dtype=dtype) for _ in range(2))
     large = torch.rand(2**24, device=device)
     small = torch.rand(8, device=device, requires_grad=True)
     return Speed(

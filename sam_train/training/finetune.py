@@ -40,6 +40,6 @@ def freeze(model: Any, mode: str) -> None:
     for name in FROZEN_PARTS[mode]:
         part = getattr(model, name)
         part.requires_grad_(False).eval()
-        backbone = getattr(part, "backbone", None)
+        backbone: Any = getattr(part, "backbone", None)
         if hasattr(backbone, "set_grad_checkpointing"):
             getattr(backbone, "model", backbone).set_grad_checkpointing(False)

@@ -148,7 +148,12 @@ def test_the_command_tells_the_cost_and_leaves_nothing(
     assert cli.run("train", [*small, *told]) == 0
 
     text = capsys.readouterr().out
-    for line in ("optimiser state", "image encoder, kept for backward", "peak of a step", "the run"):
+    for line in (
+        "optimiser state",
+        "image encoder, kept for backward",
+        "peak of a step",
+        "the run",
+    ):
         assert line in text
     assert "grad_checkpointing=true" in text
     assert not (tmp_path / "run").exists()

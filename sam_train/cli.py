@@ -23,6 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sam_train import allocator, cli_arguments, cli_errors, config
+from sam_train.training.comparison import FAILED
+from sam_train.training.run_folder import write_atomically
 
 if TYPE_CHECKING:
     import lightning
@@ -39,6 +41,7 @@ GOES_ON = {
 NO_NEWS = (
     "Checkpoint directory .* exists and is not empty",
     "The '.*_dataloader' does not have many workers",
+    r"Found \d+ module\(s\) in eval mode",  # the frozen ones, which the table of parameters tells
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch's newest pytree
 )
 
@@ -55,6 +58,10 @@ def train(cfg: DictConfig) -> None:
     config.check_complete(cfg)
     _prepare_host()
     _settle_run_dir(cfg)
+    _settle_model(cfg)
+    if cfg.estimate:
+        print(_estimate(cfg))
+        return
     folder, plain = Path(cfg.run_dir), config.plain(cfg, resolve=False)
     state = run_folder.inspect(folder)
     action = run_folder.decide(folder, state, plain, resume=cfg.resume)
@@ -155,11 +162,50 @@ def _settle_run_dir(cfg: DictConfig) -> None:
     cfg.run_dir = hydra_config.runtime.output_dir if swept else cfg.run_dir
 
 
+def _settle_model(cfg: DictConfig) -> None:
+    """In the place of model=from_checkpoint, the model that the checkpoint holds."""
+    if not cfg.model.get("from_checkpoint"):
+        return
+    from sam_train.checkpoints.load import stored_config
+
+    if cfg.checkpoint is None:
+        raise ValueError("model=from_checkpoint trains what checkpoint=PATH holds: say that too")
+    changes = config.given(cfg.model)
+    del changes["from_checkpoint"]
+    config.replace_node(cfg, "model", stored_config(cfg.checkpoint, changes))
+
+
+def _estimate(cfg: DictConfig) -> str:
+    """What the run would cost, without any of its weights or data."""
+    import torch
+
+    from sam_train.training import estimate
+    from sam_train.training.finetune import freeze
+
+    with torch.device("meta"):
+        module = config.instantiate(cfg.task)
+    freeze(module.model, cfg.finetune)
+    most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
+    accelerator = {"auto": _device("auto"), "gpu": "cuda"}.get(cfg.trainer.accelerator)
+    run = estimate.Run.of_trainer(
+        config.plain(cfg.trainer, resolve=True),
+        batch_size=cfg.data.batch_size,
+        num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
+    )
+    if cfg.estimate_tflops is not None:
+        stated = estimate.Speed(flops=1e12 * cfg.estimate_tflops)
+        return estimate.report(module, run, stated, "a device of the stated speed")
+    device = accelerator or "cpu"
+    return estimate.report(module, run, estimate.measure_speed(device, run.precision), device)
+
+
 def _build_training(
     cfg: DictConfig, weights: str | None
 ) -> tuple[lightning.LightningModule, lightning.LightningDataModule, lightning.Trainer]:
     import lightning
     import torch
+
+    from sam_train.training.finetune import freeze
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -169,6 +215,7 @@ def _build_training(
         from sam_train.checkpoints.load import load_weights
 
         load_weights(module.model, weights)
+    freeze(module.model, cfg.finetune)
     data = config.instantiate(cfg.data)
     callbacks = dict(cfg.callbacks or {})
     if not cfg.trainer.enable_progress_bar:  # Lightning refuses the one with the other
@@ -335,14 +382,24 @@ def _without_verb(verb: str, argv: Sequence[str]) -> list[str]:
 
 def _run_hydra(verb: str, arguments: cli_arguments.Arguments) -> None:
     job, typed = JOBS[verb], sys.argv
+    failed: list[str] = []
 
     @functools.wraps(job)
     def carried(cfg: DictConfig) -> None:
         sys.argv = typed  # what Lightning starts its other processes with
+        swept = HydraConfig.get().mode == RunMode.MULTIRUN
+        note = Path(HydraConfig.get().runtime.output_dir) / FAILED
+        if swept:
+            note.unlink(missing_ok=True)
         try:
             job(cfg)
         except Exception as error:
-            raise _JobError from error
+            if not swept:
+                raise _JobError from error
+            failed.append(note.parent.name)  # the sweep goes on with its other jobs
+            _report(verb, arguments, error)
+            text = cli_errors.describe(error, root=verb) or f"{type(error).__name__}: {error}"
+            write_atomically(note, f"{text}\n")
 
     sys.argv = [f"sam-{verb}", *arguments.hydra]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises, instead of printing and exiting with 1
@@ -351,6 +408,8 @@ def _run_hydra(verb: str, arguments: cli_arguments.Arguments) -> None:
             hydra.main(str(config.conf_dir()), config_name=verb, version_base="1.3")(carried)()
     finally:
         sys.argv = typed
+    if failed:
+        raise ValueError(f"of the sweep's jobs {len(failed)} failed: {', '.join(failed)}")
 
 
 def _report(verb: str, arguments: cli_arguments.Arguments, error: BaseException) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,6 +99,19 @@ def check_complete(cfg: DictConfig) -> None:
         raise ValueError(
             f"no value for {', '.join(missing)}; say {' '.join(f'{k}=...' for k in missing)}"
         )
+
+
+def given(node: Any) -> dict[str, Any]:
+    """A node as plain dicts without what is null, at any depth."""
+    items = plain(node, resolve=True) if isinstance(node, DictConfig) else node
+    values = {k: given(v) if isinstance(v, dict) else v for k, v in items.items()}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def replace_node(cfg: DictConfig, name: str, node: Mapping[str, Any]) -> None:
+    """Puts another node in the place of one."""
+    with open_dict(cfg):
+        cfg[name] = node
 
 
 def plain(node: Any, *, resolve: bool) -> dict[str, Any]:

@@ -65,6 +65,22 @@ def _build(node: Any) -> Any:
         raise ValueError(f"{node['_target_']} cannot be built: {error}") from error
 
 
+def check_targets(node: Any) -> None:
+    """Sees that a description builds nothing but the project's own models.
+
+    Raises:
+        ValueError: a `_target_` in it is no class of `sam_train.models`.
+    """
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        for child in node:
+            check_targets(child)
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            model_class(node["_target_"])
+        for child in node.values():
+            check_targets(child)
+
+
 def model_class(target: Any) -> type[nn.Module]:
     match = re.fullmatch(r"(sam_train\.models\.\w+)\.(\w+)", str(target))
     if match:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sam_train.checkpoints.build import build_model, model_class
+from sam_train.checkpoints.build import build_model, check_targets, model_class
 from sam_train.checkpoints.files import CheckpointError
 from sam_train.checkpoints.formats import Checkpoint, read_checkpoint
 from sam_train.checkpoints.sam_sizes import pixel_statistics
@@ -60,6 +61,38 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate_channels: bool =
             `load_model` does.
     """
     _fill(model, read_checkpoint(path), inflate_channels=inflate_channels)
+
+
+def stored_config(path: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of the model that a checkpoint holds, to build it and train on.
+
+    Args:
+        path: as for `load_model`.
+        changes: nested values that replace the stored ones. Positions stored for another
+            `image_encoder.img_size` are interpolated to it.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as for `load_model`.
+    """
+    checkpoint = read_checkpoint(path)
+    encoder = changes.get("image_encoder") or {}
+    try:
+        config = _adjusted(checkpoint.config, encoder.get("img_size"), None)
+        check_targets(config)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    config["image_encoder"].pop("pretrained", None)  # the weights are those of the file
+    return _merged(config, changes)
+
+
+def _merged(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(config)
+    for name, value in changes.items():
+        stored = config.get(name)
+        if isinstance(value, Mapping) and isinstance(stored, Mapping):
+            value = _merged(stored, value)
+        merged[name] = value
+    return merged
 
 
 def _adjusted(config: dict[str, Any], img_size: int | None, in_chans: int | None) -> dict[str, Any]:

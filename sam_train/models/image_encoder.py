@@ -265,7 +265,9 @@ def _start_biases_off_zero(backbone: nn.Module) -> None:
     gradient by 1 / sqrt(eps) = 1000, and the next one again: first gradient norms of 1e9 were seen.
     """
     for layer in backbone.modules():
-        if isinstance(layer, nn.Conv2d) and layer.bias is not None and not layer.bias.any():
+        if not isinstance(layer, nn.Conv2d) or layer.bias is None or layer.bias.is_meta:
+            continue
+        if not layer.bias.any():
             bound = layer.weight[0].numel() ** -0.5
             nn.init.uniform_(layer.bias, -bound, bound)
 

@@ -12,7 +12,7 @@ import torch
 from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
-from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
+from sam_train.models.image_encoder import SamVitEncoder, TimmEncoder, TinyVitEncoder
 from sam_train.models.sam import Sam
 
 POSITIONS = ("pos_embed", "rel_pos", "relative_position", "attention_biases")
@@ -76,7 +76,7 @@ class AdamW:
         betas: of the running averages.
         weight_decay: of weights of two dimensions or more; not of biases, norms and positions.
         layer_decay: the rate of encoder layer i of n is lr * layer_decay ** (n + 1 - i); needs an
-            encoder with numbered layers (SAM's ViT or TinyViT).
+            encoder with numbered layers: a ViT's blocks, or stages.
     """
 
     lr: float
@@ -202,10 +202,19 @@ def _numbered_layers(encoder: nn.Module) -> tuple[list[str], str]:
         return [f"blocks.{i}." for i in range(len(encoder.backbone.blocks))], r"blocks\.\d+\."
     if isinstance(encoder, TinyVitEncoder):
         return [f"stages.{i}." for i in range(len(encoder.backbone.stages))], r"stages\.\d+\."
+    if isinstance(encoder, TimmEncoder) and (layers := _timm_layers(encoder.backbone)):
+        return layers, "|".join(re.escape(layer) for layer in layers)
     raise ValueError(
-        "layer_decay needs an encoder with numbered layers (SamVitEncoder, TinyVitEncoder), "
+        "layer_decay needs an encoder with numbered layers (a ViT, or a backbone of stages), "
         f"got {type(encoder).__name__}; set optim.layer_decay=1"
     )
+
+
+def _timm_layers(backbone: Any) -> list[str]:
+    """The blocks of a plain ViT or the stages of a pyramid, by the start of their parameters' names."""
+    if hasattr(backbone, "model") and hasattr(backbone.model, "blocks"):
+        return [f"model.blocks.{i}." for i in range(len(backbone.model.blocks))]
+    return [f"{name}." for name, _ in backbone.named_children() if name.startswith("stages_")]
 
 
 def parameter_table(model: nn.Module) -> str:

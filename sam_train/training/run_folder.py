@@ -37,6 +37,8 @@ IGNORED = (
     "run_dir",
     "resume",
     "doctor",
+    "estimate",
+    "estimate_tflops",
     "paths",
     "logger",
     "trainer.accelerator",
@@ -117,11 +119,11 @@ def decide(folder: Path, state: RunState, config: Mapping[str, Any], *, resume: 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """What `here` changes of the configuration `there`, one line a name, but for `IGNORED`."""
-    old, new = dict(_leaves(there)), dict(_leaves(here))
+    old, new = dict(leaves(there)), dict(leaves(here))
     return [
         f"{name}: {_show(old.get(name, ABSENT))} there, {_show(new.get(name, ABSENT))} here"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, ABSENT) != new.get(name, ABSENT) and not _is_ignored(name)
+        if old.get(name, ABSENT) != new.get(name, ABSENT) and not is_ignored(name)
     ]
 
 
@@ -225,15 +227,17 @@ def _read_result(path: Path) -> Mapping[str, Any] | None:
         ) from error
 
 
-def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by dotted name."""
     if isinstance(node, Mapping) and node:
         for key, value in node.items():
-            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix, node
 
 
-def _is_ignored(name: str) -> bool:
+def is_ignored(name: str) -> bool:
+    """Whether a setting says where and how a run is carried out, not what it learns."""
     return any(name == key or name.startswith(f"{key}.") for key in IGNORED)
 
 

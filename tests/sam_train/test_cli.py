@@ -105,6 +105,25 @@ def test_a_sweep_gives_each_job_a_folder(train: Train, tmp_path: Path) -> None:
     assert jobs == ["optim.lr=0.1", "optim.lr=0.2"]
 
 
+def test_a_sweep_compares_its_runs_and_goes_on_past_one_that_fails(
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train("--multirun", "model.slope=0.5,-1.0,1.0", "trainer.max_steps=2") == 2
+
+    assert "1 failed: model.slope=-1.0" in message(capsys)
+    with (tmp_path / "run/comparison.csv").open(newline="") as file:
+        rows = {row["run"]: row for row in csv.DictReader(file)}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "model.slope=0.5": "finished",
+        "model.slope=-1.0": "failed",
+        "model.slope=1.0": "finished",
+    }
+    assert "slope is at least 0, got -1.0" in rows["model.slope=-1.0"]["failure"]
+    assert rows["model.slope=1.0"]["model.slope"] == "1.0"
+    assert (tmp_path / "run/comparison.md").is_file()
+    assert (tmp_path / "run/comparison.png").is_file()
+
+
 def test_a_path_works_as_it_is_typed(train: Train, tmp_path: Path) -> None:
     assert train("run_dir=my runs/a=b (1)", "data.path=/x/a{0..3}.tar", "trainer.max_steps=1") == 0
 

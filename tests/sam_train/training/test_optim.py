@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
+from sam_train.models.image_encoder import SamVitEncoder, TimmEncoder, TinyVitEncoder
 from sam_train.models.mask_decoder import MaskDecoder
 from sam_train.models.prompt_encoder import PromptEncoder
 from sam_train.models.sam import Sam
@@ -111,11 +111,24 @@ def test_tiny_vit_decays_by_stage(tiny_vit_sam: Sam) -> None:
     assert only("image_encoder.neck") == 1
 
 
-def test_an_encoder_without_numbered_layers_is_told_so(tiny_sam: Sam) -> None:
-    with pytest.raises(ValueError, match=r"numbered layers.*got TimmEncoder.*layer_decay=1"):
-        built(tiny_sam, layer_decay=0.8)
+def test_a_timm_pyramid_decays_by_stage(tiny_sam: Sam) -> None:
+    groups = built(tiny_sam, layer_decay=0.5)
+    rates = {name: group["lr"] / 0.01 for name, group in groups.items()}
 
-    assert len(built(tiny_sam)) == len(list(tiny_sam.parameters()))
+    def only(start: str) -> float:
+        (rate,) = {rate for name, rate in rates.items() if name.startswith(start)}
+        return float(rate)
+
+    stages = [only(f"image_encoder.backbone.stages_{i}.") for i in range(4)]
+    assert stages == [0.5**4, 0.5**3, 0.5**2, 0.5]
+    assert only("image_encoder.backbone.stem_0") == 0.5**5
+    assert only("image_encoder.neck") == only("mask_decoder") == 1
+
+
+def test_an_encoder_without_numbered_layers_is_told_so() -> None:
+    encoder = TimmEncoder(name="resnet10t", img_size=64, stride=16, out_chans=32)
+    with pytest.raises(ValueError, match=r"numbered layers.*got TimmEncoder.*layer_decay=1"):
+        built(sam_with(encoder), layer_decay=0.8)
 
 
 def test_biases_norms_and_positions_keep_no_weight_decay(vit_sam: Sam, tiny_vit_sam: Sam) -> None:

@@ -1,0 +1,159 @@
+"""The cost of a run, told before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from sam_train import cli, config
+from sam_train.training.estimate import (
+    Phase,
+    Run,
+    Speed,
+    StepCost,
+    can_checkpoint,
+    measure_speed,
+    phases,
+    step_cost,
+)
+from sam_train.training.finetune import freeze
+from sam_train.training.interactive import InteractiveTraining
+from sam_train.training.ledger import Operation
+
+Cost = Callable[..., StepCost]
+VIT = [
+    "model=sam_vit_b",
+    "model.image_encoder.img_size=64",
+    "model.image_encoder.embed_dim=32",
+    "model.image_encoder.depth=2",
+    "model.image_encoder.num_heads=2",
+    "model.image_encoder.global_attn_indexes=[1]",
+    "model.image_encoder.out_chans=32",
+    "model.mask_decoder.transformer.mlp_dim=64",
+]
+
+
+def without_weights(*overrides: str) -> InteractiveTraining:
+    with torch.device("meta"):
+        module = config.instantiate(config.compose("train", [*VIT, *overrides]).task)
+    assert isinstance(module, InteractiveTraining)
+    return module
+
+
+@pytest.fixture
+def cost() -> Cost:
+    """The cost of a step of a narrow ViT with the given masks and overrides."""
+
+    def measure(num_masks: int = 4, *overrides: str, **options: bool) -> StepCost:
+        module = without_weights(*overrides)
+        run = Run(batch_size=2, num_masks=num_masks)
+        return step_cost(module, run, phases(module, run)[-1], **options)
+
+    return measure
+
+
+def test_weights_gradients_and_adams_state_are_those_of_the_parameters(cost: Cost) -> None:
+    memory = cost(4, "prompts=few").memory
+    model = without_weights().model
+    num_bytes = 4 * sum(p.numel() for p in model.parameters())
+
+    assert memory.gradients == num_bytes
+    assert num_bytes <= memory.weights <= 1.1 * num_bytes  # pixel statistics and position codes too
+    assert 2 * num_bytes <= memory.optimiser <= 2.1 * num_bytes
+    assert memory.peak > memory.weights + memory.gradients + memory.optimiser
+
+
+def test_decoder_memory_grows_with_masks_and_passes(cost: Cost) -> None:
+    def kept(num_masks: int, corrections: int) -> int:
+        overrides = ("prompts=few", f"prompts.num_corrections={corrections}")
+        return cost(num_masks, *overrides).memory.kept["decoder passes"]
+
+    one, masks, passes = kept(4, 1), kept(8, 1), kept(4, 3)
+    assert 1.7 * one < masks < 2.1 * one
+    assert 1.7 * one < passes < 2.2 * one
+
+
+def test_checkpointing_trades_memory_for_arithmetic(cost: Cost) -> None:
+    plain = cost(4, "prompts=few", grad_checkpointing=False)
+    less = cost(4, "prompts=few", grad_checkpointing=True)
+
+    assert less.memory.kept["image encoder"] < plain.memory.kept["image encoder"]
+    assert sum(op.flops for op in less.operations) > sum(op.flops for op in plain.operations)
+
+
+def test_a_frozen_encoder_keeps_next_to_nothing() -> None:
+    module = without_weights("prompts=few")
+    run = Run(batch_size=2, num_masks=4)
+    trained = step_cost(module, run, phases(module, run)[-1])
+    freeze(module.model, "decoder")
+    frozen = step_cost(module, run, phases(module, run)[-1])
+
+    assert not can_checkpoint(module.model)
+    kept = [cost.memory.kept.get("image encoder", 0) for cost in (frozen, trained)]
+    assert kept[0] < 0.2 * kept[1]
+    assert sum(op.flops for op in frozen.operations) < sum(op.flops for op in trained.operations)
+
+
+def test_a_run_in_phases_is_told_phase_by_phase() -> None:
+    with torch.device("meta"):
+        cfg = config.compose("train", ["experiment=quickstart"])
+        module = config.instantiate(cfg.task)
+    found = phases(module, Run(batch_size=8, num_masks=96))
+
+    assert [phase[1:] for phase in found] == [(128, 0), (128, 8), (256, 8)]
+    assert [phase.share for phase in found] == pytest.approx([0.3, 0.5, 0.2])
+
+
+def test_a_model_with_a_first_guess_is_counted_too() -> None:
+    with torch.device("meta"):
+        cfg = config.compose("train", ["experiment=quickstart"])
+        module = config.instantiate(cfg.task)
+    run = Run(batch_size=2, num_masks=4)
+    memory = step_cost(module, run, Phase(1.0, 64, 2)).memory
+
+    assert memory.kept["first guess"] > 0
+    assert memory.kept["decoder passes"] > 0
+
+
+def test_an_operation_takes_as_long_as_its_bottleneck() -> None:
+    speed = Speed(flops=100.0, moved=10.0, seconds_per_operation=1.0)
+
+    assert speed.seconds([Operation("a", 300, 10), Operation("b", 0, 50)]) == 3 + 1 + 5 + 1
+
+
+def test_the_machines_speed_is_measured() -> None:
+    speed = measure_speed("cpu")
+
+    assert 1e8 < speed.flops < 1e14
+    assert 1e7 < speed.moved < 1e13
+    assert 0 < speed.seconds_per_operation < 0.1
+
+
+def test_the_trainers_settings_are_read() -> None:
+    trainer = config.plain(config.compose("train", ["experiment=sa1b_vit_h"]).trainer, resolve=True)
+    run = Run.of_trainer({**trainer, "max_time": "00:01:00:30"}, batch_size=1, num_masks=64)
+
+    assert (run.processes, run.max_steps, run.seconds) == (256, 90_000, 3630.0)
+
+
+def test_the_command_tells_the_cost_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [*VIT, "prompts=few", "data.train_transform.max_masks=2", "data.batch_size=2"]
+    told = ["estimate=true", "estimate_tflops=100", f"run_dir={tmp_path / 'run'}"]
+
+    assert cli.run("train", [*small, *told]) == 0
+
+    text = capsys.readouterr().out
+    for line in (
+        "optimiser state",
+        "image encoder, kept for backward",
+        "peak of a step",
+        "the run",
+    ):
+        assert line in text
+    assert "grad_checkpointing=true" in text
+    assert not (tmp_path / "run").exists()

@@ -23,8 +23,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from sam_train import allocator, cli_arguments, cli_errors, config
+from sam_train.ops.files import write_atomically
 from sam_train.training.comparison import FAILED
-from sam_train.training.run_folder import write_atomically
 
 if TYPE_CHECKING:
     import lightning

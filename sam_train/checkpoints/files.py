@@ -6,7 +6,6 @@ import json
 import pickle
 import re
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +71,3 @@ def load_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got a {type(content).__name__}")
     return content
-
-
-def check_whole(path: Path) -> None:
-    """Reads a file that `torch.save` wrote and compares all of it with its checksums.
-
-    Raises:
-        CheckpointError: it is damaged, cut short or no such file.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
-        raise CheckpointError(f"{path} is damaged, cut short or no checkpoint: {error}") from error
-    if bad is not None:
-        raise CheckpointError(f"{path} is damaged: the checksum of {bad} is wrong")

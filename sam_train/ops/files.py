@@ -4,8 +4,28 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
+
+
+class DamagedFileError(ValueError):
+    """A file that is not what was once written; the message says how it is known."""
+
+
+def check_whole(path: Path) -> None:
+    """Reads a zip file, such as `torch.save` writes, and compares all of it with its checksums.
+
+    Raises:
+        DamagedFileError: it is damaged, cut short or no such file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+        raise DamagedFileError(f"{path} is damaged, cut short or no checkpoint: {error}") from error
+    if bad is not None:
+        raise DamagedFileError(f"{path} is damaged: the checksum of {bad} is wrong")
 
 
 def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:

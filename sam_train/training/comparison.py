@@ -19,8 +19,9 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from sam_train.ops.files import write_atomically
 from sam_train.training import run_folder
-from sam_train.training.run_folder import METRICS, write_atomically
+from sam_train.training.run_folder import METRICS
 
 log = logging.getLogger(__name__)
 

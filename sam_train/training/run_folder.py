@@ -21,8 +21,7 @@ from typing import Any
 
 import yaml
 
-from sam_train.checkpoints.files import CheckpointError, check_whole
-from sam_train.ops.files import write_atomically
+from sam_train.ops.files import DamagedFileError, check_whole, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -152,19 +151,19 @@ def newest_whole_checkpoint(folder: Path) -> Path:
     """The checkpoint to go on from, read through: `previous.ckpt` where `last.ckpt` is damaged.
 
     Raises:
-        CheckpointError: none of them is whole.
+        DamagedFileError: none of them is whole.
     """
     reasons = []
     for path in _checkpoints(folder):
         try:
             check_whole(path)
-        except CheckpointError as error:
+        except DamagedFileError as error:
             reasons.append(str(error))
             continue
         for reason in reasons:
             log.warning("%s: going on from %s, the one before", reason, path)
         return path
-    raise CheckpointError(
+    raise DamagedFileError(
         f"{'; '.join(reasons)}. There is no other to go on from: delete the folder, or choose another "
         "run_dir=PATH"
     )

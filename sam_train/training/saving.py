@@ -16,9 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from sam_train.checkpoints.files import check_whole
 from sam_train.metrics.clicks import SIZE_SUFFIXES
-from sam_train.ops.files import write_atomically
+from sam_train.ops.files import check_whole, write_atomically
 from sam_train.training import run_folder
 from sam_train.training.interactive import InteractiveTraining
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sam_train.checkpoints.files import CheckpointError
+from sam_train.ops.files import DamagedFileError
 from sam_train.training import run_folder
 from sam_train.training.run_folder import Action
 
@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert "last.ckpt is damaged" in caplog.text and "the one before" in caplog.text
 
     previous.write_bytes(previous.read_bytes()[:500])
-    with pytest.raises(CheckpointError, match=r"last\.ckpt.*previous\.ckpt.*run_dir=PATH"):
+    with pytest.raises(DamagedFileError, match=r"last\.ckpt.*previous\.ckpt.*run_dir=PATH"):
         run_folder.newest_whole_checkpoint(tmp_path)
 
 

@@ -180,25 +180,22 @@ def _small_parts(cfg: DictConfig, shard: Path, checkpoint: Path) -> list[str]:
 
 
 def _few_masks(cfg: DictConfig) -> list[str]:
-    transform, name = cfg.data.train_transform, "data.train_transform"
-    if "max_masks" in transform:
-        return [f"{name}.max_masks=2"]
-    parts = ["default", *(f"sources.{source}" for source in transform.sources)]
-    return [f"{name}.{part}.max_masks=2" for part in parts]
+    parts = [f"transforms.{name}" for name in cfg.data.get("transforms", {})]
+    return [f"++data.{part}.max_masks=2" for part in ("train_transform", *parts)]
 
 
 def _few_scenes(cfg: DictConfig) -> list[str]:
     """Few scenes; for a recipe on real images, a skip that says what is missing."""
     small = []
-    for role in ("train", "val"):
-        node = config.plain(cfg.data, resolve=True)[role]
-        parts = {f"data.{role}.sources.{n}": part for n, part in node.get("sources", {}).items()}
-        for prefix, source in (parts or {f"data.{role}": node}).items():
-            source = source.get("source", source)  # behind a list of what is allowed
+    sets = cfg.data.get("sets")
+    nodes = {f"sets.{name}.": sets[name] for name in sets} if sets else {"": cfg.data}
+    for prefix, node in nodes.items():
+        for role in ("train", "val"):
+            source = node[role].get("source", node[role])  # behind a list of what is allowed
             if "num_scenes" in source:
-                small.append(f"{prefix}.num_scenes=4")
+                small.append(f"data.{prefix}{role}.num_scenes=4")
             elif "path" not in cfg.data:
-                _skip_if_missing(source["path"])
+                _skip_if_missing(config.plain(source, resolve=True)["path"])
     return small
 
 

@@ -15,10 +15,48 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models.tiny_vit import Attention as TinyVitAttention
-from timm.models.vision_transformer_sam import VisionTransformerSAM
+from timm.models.vision_transformer_sam import (
+    Block,
+    VisionTransformerSAM,
+    get_decomposed_rel_pos_bias,
+    window_partition,
+    window_unpartition,
+)
 from torch import Tensor, nn
 
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
+
+
+class _WindowedBlock(Block):
+    """timm's block, with linear layers over the image's tokens and not over the padding of windows.
+
+    Windows of 14 cut 16 x 16 tokens (256 px) into 28 x 28, two thirds of it padding. Its queries, keys and
+    values are one vector, its answers are thrown away: the same result. Stochastic depth drops a block for
+    a whole image, not for a window of it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        side = self.window_size
+        if side == 0 or (height % side == 0 and width % side == 0):
+            return super().forward(x)
+        attention = self.attn
+        tokens = self.norm1(x)
+        padding = attention.qkv(tokens.new_zeros(tokens.shape[-1]))
+        rows, columns = -(-height // side) * side, -(-width // side) * side
+        qkv = padding.expand(len(x), rows, columns, -1).clone()
+        qkv[:, :height, :width] = attention.qkv(tokens)
+        windows, padded = window_partition(qkv, side)
+        heads = windows.flatten(1, 2).unflatten(2, (3, attention.num_heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        bias = get_decomposed_rel_pos_bias(
+            queries, attention.rel_pos_h, attention.rel_pos_w, (side, side), (side, side)
+        )
+        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+        out = out.unflatten(0, (-1, attention.num_heads)).transpose(1, 2).flatten(2)
+        out = window_unpartition(out.unflatten(1, (side, side)), side, (height, width), padded)
+        x = x + self.drop_path1(self.ls1(attention.proj(out)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
 
 class SamVitEncoder(nn.Module):
@@ -82,6 +120,7 @@ class SamVitEncoder(nn.Module):
             use_abs_pos=True,
             use_rel_pos=True,
             window_size=window_size,
+            block_fn=_WindowedBlock,
             global_attn_indexes=tuple(global_attn_indexes),
             neck_chans=out_chans,
         )

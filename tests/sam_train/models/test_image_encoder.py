@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from timm.models.vision_transformer_sam import Block
 from torch import nn
 
 from sam_train.models.image_encoder import SamVitEncoder, TimmEncoder, TinyVitEncoder
@@ -219,3 +220,35 @@ def test_fine_features_travel_in_the_channels_of_the_embedding() -> None:
 def test_fine_features_need_a_level_of_half_the_stride() -> None:
     with pytest.raises(ValueError, match=r"features at strides .*, not at 2"):
         TimmEncoder(name="convnext_atto", img_size=64, stride=4, high_res_chans=4)
+
+
+@pytest.mark.parametrize("img_size", [96, 160])
+def test_windows_with_padding_answer_as_timms_blocks_do(img_size: int) -> None:
+    torch.manual_seed(0)
+    encoder = SamVitEncoder(
+        embed_dim=32,
+        depth=3,
+        num_heads=2,
+        global_attn_indexes=[2],
+        img_size=img_size,
+        window_size=4,
+    )
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(2, 3, img_size, img_size)
+    blocks = encoder.backbone.blocks
+
+    answers, gradients = [], []
+    for is_ours in (True, False):
+        for block in blocks:
+            block.__class__ = type(blocks[0]) if is_ours else Block
+        encoder.zero_grad()
+        answer = encoder(images)
+        (answer * torch.linspace(-1, 1, answer.numel()).view_as(answer)).sum().backward()
+        answers.append(answer.detach())
+        gradients.append({name: p.grad.clone() for name, p in encoder.named_parameters()})
+
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-4)
+    for name, gradient in gradients[1].items():
+        difference = (gradients[0][name] - gradient).norm()
+        assert difference <= 1e-4 * gradient.norm() + 1e-4, name

@@ -330,6 +330,7 @@ def _memory_lines(memory: Memory) -> Iterator[str]:
     }
     for name, size in rows.items():
         yield f"{name:<36}{_gib(size):>12}"
+    yield "a process holds more than its tensors: 1.3 to 1.5 times as much on a CPU (docs/estimate.md)"
 
 
 def _run_lines(run: Run, step_seconds: float) -> list[str]:

@@ -27,7 +27,8 @@ def test_whole_shards_pass_and_pictures_are_drawn(shards, tmp_path):
     pictures = sorted((tmp_path / "out").iterdir())
     assert len(pictures) == 2
     # The square is white on black, and tinted.
-    drawn = np.asarray(Image.open(pictures[0])).astype(int)
+    with Image.open(pictures[0]) as picture:
+        drawn = np.asarray(picture).astype(int)
     assert (np.ptp(drawn, axis=2) > 60).sum() > 40
 
 
@@ -115,4 +116,5 @@ def test_stats_counts_what_is_there(shards, tmp_path):
     found = json.loads((tmp_path / "out" / "stats.json").read_text())
     assert found["quantiles"]["mask area, px"]["median"] == 64
     assert found["masks_by_size"]["small (< 32 x 32 px)"] == 3
-    assert Image.open(tmp_path / "out" / "stats.png").size[0] > 300
+    with Image.open(tmp_path / "out" / "stats.png") as plot:
+        assert plot.size[0] > 300

@@ -97,6 +97,11 @@ def samples(folder: Path) -> dict[str, dict[str, bytes]]:
     return found
 
 
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 def records(folder: Path, pattern="*.tar"):
     source = ShardSource(path=str(folder / pattern), max_bad_fraction=0)
     return list(source.records(epoch=0, reader=0, num_readers=1, shuffle=False))
@@ -134,14 +139,14 @@ def test_jpeg_and_png_bytes_are_kept_and_others_encoded(convert, data, tmp_path)
         files = written[safe_key(path.stem)]
         if path.suffix == ".bmp":
             close = np.asarray(Image.open(io.BytesIO(files["jpg"]))).astype(int)
-            assert np.abs(close - np.asarray(Image.open(path))).mean() < 6
+            assert np.abs(close - pixels(path)).mean() < 6
         else:
             assert files[path.suffix[1:]] == path.read_bytes()
     convert("lossless", image_format="png")
     written = samples(tmp_path / "lossless")
     path = data / "images" / "im.2.bmp"
     same = Image.open(io.BytesIO(written[safe_key("im.2")]["png"]))
-    np.testing.assert_array_equal(np.asarray(same), np.asarray(Image.open(path)))
+    np.testing.assert_array_equal(np.asarray(same), pixels(path))
 
 
 def test_keys_are_safe_and_numbers_unique_over_both_splits(convert, tmp_path):
@@ -178,7 +183,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bytes(
         pass
 
     def dying(*args, **kwargs):
-        if rng.random() < 0.08:
+        if rng.random() < 0.3:
             raise Killed
         return os_replace(*args, **kwargs)
 
@@ -236,6 +241,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # four starts of three processes that import torch
 def test_killed_and_started_again_it_ends_with_the_same_bytes(data, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -244,7 +250,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bytes(data, tmp_path):
         return subprocess.Popen([sys.executable, str(script), str(data), str(tmp_path / out)])
 
     assert start("whole").wait() == 0
-    for number in (2, 9):
+    for number in (3, 12):
         process = start("killed")
         parts = tmp_path / "killed" / PARTS
         while process.poll() is None and len(list(parts.glob("*.json"))) < number:

@@ -35,7 +35,7 @@ from sam_train.convert.unit import (
 )
 from sam_train.convert.units import count_units, tolerant
 from sam_train.data.datamodule import hold_out
-from sam_train.data.source import DamageTally, Source
+from sam_train.data.source import DamageTally, Source, UnusableSourceError
 from sam_train.ops.files import write_atomically
 from sam_train.training.run_folder import differences
 
@@ -248,17 +248,28 @@ class _Judge:
     def __init__(self, max_bad_fraction: float, before: _Tally) -> None:
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is in [0, 1], got {max_bad_fraction}")
+        self.max_bad_fraction = max_bad_fraction
+        self.names = [name for name, _ in before.damaged]
         self.seen = before.num_images + before.num_empty + len(before.damaged)
-        self.tally = DamageTally("sam-convert", max_bad_fraction, self.seen, len(before.damaged))
-        self.tally.names = [name for name, _ in before.damaged]
 
     def look_at(self, part: Part) -> None:
-        self.tally.seen += len(part.keys) + part.num_empty + len(part.damaged)
+        self.seen += len(part.keys) + part.num_empty + len(part.damaged)
         for name, reason in part.damaged:
-            self.tally.damaged(name, reason)
+            log.warning("%s is damaged and left out: %s", name, reason)
+            self.names.append(name)
+        self._check(max(self.seen, DamageTally.GRACE))
 
     def finish(self) -> None:
-        self.tally.finish()
+        self._check(self.seen)
+
+    def _check(self, seen: int) -> None:
+        if len(self.names) > self.max_bad_fraction * seen:
+            shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
+            raise UnusableSourceError(
+                f"{len(self.names)} of {self.seen} images are damaged ({shown}), more than "
+                f"max_bad_fraction={self.max_bad_fraction} allows; each is named with its reason in the "
+                "log. Mend the data, or raise max_bad_fraction and start again: what is done is kept"
+            )
 
 
 @contextmanager

@@ -78,6 +78,6 @@ def test_a_column_that_is_not_there_is_refused(table: str) -> None:
 
 def test_the_open_recipe_reads_38_coco_images(shared_data: Path) -> None:
     cfg = config.compose("train", ["data=small_sets_open", f"paths.data={shared_data}"])
-    source = config.instantiate(cfg.data.train.sources.coco_panoptic)
+    source = config.instantiate(cfg.data.sets.coco_panoptic_open.train)
 
     assert len(keys(source)) == 38

@@ -23,8 +23,9 @@ from sam_train.checkpoints.load import load_model
 from sam_train.data.embedding_cache import EmbeddingCache, thumbnails
 from sam_train.models.fingerprint import embedding_shape, encoder_id
 from sam_train.structures import ImageBatch, ImageRecord
-from sam_train.training.callbacks import BestCheckpoint, LastCheckpoint, Report, Speed
+from sam_train.training.callbacks import Report, Speed
 from sam_train.training.distillation import Distillation, Teacher
+from sam_train.training.saving import BestCheckpoint, LastCheckpoint
 
 ROOT = Path(__file__).parents[3]
 GUESSED = [

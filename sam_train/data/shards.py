@@ -19,6 +19,7 @@ from sam_train.ops import rle
 from sam_train.structures import Annotation, ImageRecord
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
+MOST_PIXELS = 2**31
 FIELDS = frozenset(
     "id segmentation bbox area predicted_iou stability_score point_coords crop_box".split()
 )
@@ -214,6 +215,10 @@ def _size(content: Any) -> tuple[int, int]:
         raise ValueError(
             f"its JSON gives the image no size: height {height!r}, width {width!r}, "
             "expected two positive integers"
+        )
+    if height * width > MOST_PIXELS:
+        raise ValueError(
+            f"its JSON says {height} x {width} pixels (height x width), more than run lengths count"
         )
     return height, width
 

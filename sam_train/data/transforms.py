@@ -75,7 +75,6 @@ class ToSample:
             if 0 < annotation.area <= self.max_area_fraction * height * width
         ]
         if not candidates:
-            record.image  # noqa: B018  decoded all the same, so that no damage is passed over unsaid
             return None
         boxes = xywh_to_xyxy(np.array([annotation.bbox for annotation in candidates]))
         view, drawable = self._choose_view(record.size, boxes, rng)
@@ -96,7 +95,6 @@ class ToSample:
             raise record.damaged(error) from None
         masks = [mask for mask, _ in filter(None, decoded)]
         if not masks:
-            record.image  # noqa: B018  decoded all the same, so that no damage is passed over unsaid
             return None
         visible_boxes = np.stack([box for _, box in filter(None, decoded)])
         return ImageSample(

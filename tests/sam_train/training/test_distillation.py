@@ -339,7 +339,6 @@ def run(
         ],
         logger=False,
         num_sanity_val_steps=0,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )

@@ -59,10 +59,12 @@ def train(cfg: DictConfig) -> None:
     _prepare_host()
     _settle_run_dir(cfg)
     _settle_model(cfg)
+    folder = Path(cfg.run_dir)
+    _settle_batch_size(cfg, folder)
     if cfg.estimate:
         print(_estimate(cfg))
         return
-    folder, plain = Path(cfg.run_dir), config.plain(cfg, resolve=False)
+    plain = config.plain(cfg, resolve=False)
     state = run_folder.inspect(folder)
     action = run_folder.decide(folder, state, plain, resume=cfg.resume)
     if action is run_folder.Action.FINISHED:
@@ -175,8 +177,34 @@ def _settle_model(cfg: DictConfig) -> None:
     config.replace_node(cfg, "model", stored_config(cfg.checkpoint, changes))
 
 
-def _estimate(cfg: DictConfig) -> str:
-    """What the run would cost, without any of its weights or data."""
+def _settle_batch_size(cfg: DictConfig, folder: Path) -> None:
+    """`data.batch_size=auto`: what the run began with, or as many images as the memory holds."""
+    from sam_train.training import estimate, run_folder
+
+    if cfg.data.get("batch_size") != "auto":
+        return
+    begun_with = run_folder.inspect(folder).config or {}
+    size = begun_with.get("data", {}).get("batch_size")
+    if size is None:
+        cfg.data.batch_size = 1
+        module, run = _imagined(cfg)
+        size = estimate.fitting_batch_size(
+            module, run, cfg.data.max_masks_per_batch, _free_bytes(cfg)
+        )
+        log.info("data.batch_size=auto: %d images fit", size)
+    cfg.data.batch_size = size
+
+
+def _free_bytes(cfg: DictConfig) -> float:
+    import torch
+
+    if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
+        return float(torch.cuda.mem_get_info()[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
+    """The training on the meta device, and its batch."""
     import torch
 
     from sam_train.training import estimate
@@ -186,12 +214,20 @@ def _estimate(cfg: DictConfig) -> str:
         module = config.instantiate(cfg.task)
     freeze(module.model, cfg.finetune)
     most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
-    accelerator = {"auto": _device("auto"), "gpu": "cuda"}.get(cfg.trainer.accelerator)
     run = estimate.Run.of_trainer(
         config.plain(cfg.trainer, resolve=True),
         batch_size=cfg.data.batch_size,
         num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
     )
+    return module, run
+
+
+def _estimate(cfg: DictConfig) -> str:
+    """What the run would cost, without any of its weights or data."""
+    from sam_train.training import estimate
+
+    module, run = _imagined(cfg)
+    accelerator = {"auto": _device("auto"), "gpu": "cuda"}.get(cfg.trainer.accelerator)
     if cfg.estimate_tflops is not None:
         stated = estimate.Speed(flops=1e12 * cfg.estimate_tflops)
         return estimate.report(module, run, stated, "a device of the stated speed")

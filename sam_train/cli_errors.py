@@ -57,6 +57,8 @@ def describe(
         type(error).__name__ == "MisconfigurationException"
     ):  # Lightning's; importing it takes seconds
         return f"trainer: {error}"
+    if (advice := _memory_advice(error)) is not None:
+        return advice
     if isinstance(error, EDGE_ERRORS) and WORKER_ERROR.search(str(error)):
         return _from_worker(str(error))
     if isinstance(error, (OSError, ImportError)):
@@ -64,6 +66,14 @@ def describe(
     if isinstance(error, (ValueError, FloatingPointError)) and _raised_here(error):
         return _text(error)
     return None
+
+
+def _memory_advice(error: BaseException) -> str | None:
+    if not isinstance(error, RuntimeError):
+        return None
+    from sam_train.training.bounded import ADVICE, is_out_of_memory  # torch is there by now
+
+    return f"{str(error).splitlines()[0]}\n{ADVICE}" if is_out_of_memory(error) else None
 
 
 def near(name: str, known: Iterable[str], what: str) -> str:

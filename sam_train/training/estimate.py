@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sam_train.models.sam import Sam
 from sam_train.structures import BOX_TOP_LEFT, ImageFeatures, Prompts
+from sam_train.training.bounded import ADVICE, decode_bounded
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.ledger import Ledger, Operation
 from sam_train.training.optim import parameter_table
@@ -27,6 +28,8 @@ from sam_train.training.optim import parameter_table
 SIZES_OF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 """What activations are made in; a half float of the other kind has the same size."""
 GIB = 2**30
+OVERHEAD = 1.5
+"""What a process holds over its tensors at most (docs/estimate.md)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +220,14 @@ def _loss(
         num_points += is_new
         with ledger.part("decoder passes"):
             prompts = _prompts(phase.num_played, num_points)._replace(mask_inputs=logits)
-            answer = model.decode(
-                features, prompts, image_index=index, multimask_output=number == 0
+            answer = decode_bounded(
+                model,
+                features,
+                prompts,
+                image_index=index,
+                multimask_output=number == 0,
+                recompute=module.checkpoint_passes,
+                chunk=module.mask_chunk,
             )
         with ledger.part("loss"):
             total = total + module.loss(answer, masks).total.sum()
@@ -229,6 +238,38 @@ def _loss(
 def _prompts(count: int, num_points: int) -> Prompts:
     labels = torch.full((count, num_points), BOX_TOP_LEFT)
     return Prompts(torch.zeros(count, num_points, 2), labels)
+
+
+def fitting_batch_size(
+    module: InteractiveTraining, run: Run, most_masks: int | None, free_bytes: float
+) -> int:
+    """The largest number of images whose step fits.
+
+    A step's peak grows in proportion to the images: it is counted for one and for two. A process holds
+    up to `OVERHEAD` times its tensors.
+
+    Args:
+        module: on the meta device.
+        run: a batch of one image with as many masks as one may have.
+        most_masks: of a batch, or None.
+        free_bytes: of the device.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+
+    def peak(batch_size: int) -> float:
+        masks = batch_size * run.num_masks
+        masks = masks if most_masks is None else min(masks, most_masks)
+        larger = replace(run, batch_size=batch_size, num_masks=masks)
+        return OVERHEAD * step_cost(module, larger, phases(module, larger)[-1]).memory.peak
+
+    one, two = peak(1), peak(2)
+    if one > free_bytes:
+        raise ValueError(
+            f"data.batch_size=auto: a single image takes {_gib(one)}, {_gib(free_bytes)} are free. {ADVICE}"
+        )
+    return 1 + int((free_bytes - one) / max(two - one, 1.0))
 
 
 def checkpoint_encoder(model: Sam, on: bool) -> None:

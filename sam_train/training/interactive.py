@@ -9,7 +9,6 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint as recomputed
 
 from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.data.source import DamagedSampleError, sample_seed
@@ -28,6 +27,7 @@ from sam_train.structures import (
     MaskPrediction,
     Prompts,
 )
+from sam_train.training.bounded import decode_bounded
 from sam_train.training.first_guess import GuessTeaching, Peer, Question, halve, select_masks
 from sam_train.training.non_finite import NonFiniteGuard
 from sam_train.training.optim import AdamW
@@ -190,11 +190,14 @@ class InteractiveTraining(lightning.LightningModule):
         stride = self.model.image_encoder.img_size / batch.masks.shape[-1]
 
         def decode(prompts: Prompts, multimask_output: bool) -> MaskPrediction:
-            return self._decode(
+            return decode_bounded(
+                self.model,
                 features,
                 prompts_to_input(prompts, stride),
-                batch.image_index,
-                multimask_output,
+                image_index=batch.image_index,
+                multimask_output=multimask_output,
+                recompute=self.checkpoint_passes,
+                chunk=self.mask_chunk,
             )
 
         # What is predicted on the padding is no error that anyone would click on.
@@ -222,36 +225,6 @@ class InteractiveTraining(lightning.LightningModule):
             total = total + losses.sum() * share
             self._log_answer(interaction, answer.candidate_ious, answer.mask)
         return total / len(plan.new_prompt) + self._nothing_left_out()
-
-    def _decode(
-        self,
-        features: ImageFeatures,
-        prompts: Prompts,
-        image_index: Tensor,
-        multimask_output: bool,
-    ) -> MaskPrediction:
-        """The answers to all prompts of a pass, keeping what the settings allow for the backward pass."""
-
-        def decode(rows: slice) -> tuple[Tensor, Tensor]:
-            asked = Prompts(*(None if part is None else part[rows] for part in prompts))  # type: ignore[arg-type]
-            return tuple(  # type: ignore[return-value]
-                self.model.decode(
-                    features,
-                    asked,
-                    image_index=image_index[rows],
-                    multimask_output=multimask_output,
-                )
-            )
-
-        size = self.mask_chunk or max(1, len(image_index))
-        chunks = [slice(start, start + size) for start in range(0, max(1, len(image_index)), size)]
-        if self.checkpoint_passes or len(chunks) > 1:
-            answers = [recomputed(decode, rows, use_reentrant=False) for rows in chunks]
-        else:
-            answers = [decode(rows) for rows in chunks]
-        if len(answers) == 1:
-            return MaskPrediction(*answers[0])
-        return MaskPrediction(*(torch.cat(parts) for parts in zip(*answers, strict=True)))
 
     def validation_step(self, record: ImageRecord, batch_idx: int) -> None:
         """Clicks through the masks of one image."""

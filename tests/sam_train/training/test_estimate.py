@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from sam_train import cli, config
 from sam_train.training.estimate import (
+    OVERHEAD,
     Phase,
     Run,
     Speed,
     StepCost,
     can_checkpoint,
+    fitting_batch_size,
     measure_speed,
     phases,
     step_cost,
@@ -157,3 +160,56 @@ def test_the_command_tells_the_cost_and_leaves_nothing(
         assert line in text
     assert "grad_checkpointing=true" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_recomputed_passes_and_chunks_are_counted(cost: Cost) -> None:
+    def kept(*overrides: str) -> int:
+        return cost(8, "prompts=sam", *overrides).memory.kept.get("decoder passes", 0)
+
+    assert kept("task.checkpoint_passes=true") < kept() / 4
+    assert kept("task.mask_chunk=2") <= kept("task.checkpoint_passes=true") * 1.1
+
+
+def test_the_largest_batch_that_fits_is_found() -> None:
+    module = without_weights("prompts=few")
+    run = Run(batch_size=1, num_masks=4)
+
+    def peak(batch_size: int) -> float:
+        larger = Run(batch_size=batch_size, num_masks=4 * batch_size)
+        return OVERHEAD * step_cost(module, larger, phases(module, larger)[-1]).memory.peak
+
+    assert fitting_batch_size(module, run, None, 1.01 * peak(5)) == 5
+    assert fitting_batch_size(module, run, 4, 1.01 * peak(5)) > 5, "masks are bounded"
+    with pytest.raises(ValueError, match=r"a single image takes .* task.mask_chunk"):
+        fitting_batch_size(module, run, None, 0.5 * peak(1))
+
+
+def test_an_automatic_batch_size_is_chosen_once_a_run(
+    toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = [*toy, "data.batch_size=auto", f"run_dir={tmp_path}", "trainer.max_steps=1"]
+    monkeypatch.setattr(cli, "_free_bytes", lambda cfg: 2**28)
+    assert cli.run("train", argv) == 0
+    chosen = yaml.safe_load((tmp_path / ".hydra/config.yaml").read_text())["data"]["batch_size"]
+    assert chosen > 1
+
+    monkeypatch.setattr(cli, "_free_bytes", lambda cfg: 2**40)
+    more = [*argv[:-1], "trainer.max_steps=2", "resume=force"]
+    assert cli.run("train", more) == 0
+    after = yaml.safe_load((tmp_path / ".hydra/config.yaml").read_text())["data"]["batch_size"]
+    assert after == chosen
+
+
+def test_running_out_of_memory_ends_in_advice(
+    toy: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_large(*args: object, **settings: object) -> None:
+        torch.empty(2**55)
+
+    monkeypatch.setattr(InteractiveTraining, "training_step", too_large)
+    assert cli.run("train", [*toy, f"run_dir={tmp_path}", "trainer.max_steps=1"]) == 2
+    said = capsys.readouterr().err
+    assert "memory ran out" in said and "task.checkpoint_passes=true" in said

@@ -136,6 +136,8 @@ def prepare(folder: Path, config: Mapping[str, Any], action: Action) -> None:
         OSError: the folder cannot be made or written.
     """
     try:
+        for unfinished in (folder / LAST_CHECKPOINT).parent.glob(".*.ckpt.*"):
+            unfinished.unlink()  # of a run that was killed while it saved
         write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
         (folder / RESULT).unlink(missing_ok=True)
         if action is Action.START:

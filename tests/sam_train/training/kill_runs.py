@@ -72,9 +72,9 @@ def saved_step(run_dir: Path) -> int:
     return int(torch.load(path, weights_only=True, mmap=True)["global_step"])
 
 
-def is_saving(run_dir: Path) -> bool:
-    """Whether a checkpoint is being written just now."""
-    return any((run_dir / "checkpoints").glob(".last.ckpt.*"))
+def is_saving(run_dir: Path, others: set[Path]) -> bool:
+    """Whether a checkpoint is being written just now, beside files that an earlier kill left."""
+    return bool(set((run_dir / "checkpoints").glob(".last.ckpt.*")) - others)
 
 
 def kill_once(argv: Sequence[str], run_dir: Path, moment: random.Random, max_steps: int) -> str:
@@ -83,6 +83,7 @@ def kill_once(argv: Sequence[str], run_dir: Path, moment: random.Random, max_ste
     while_saving = moment.random() < 0.3
     further = moment.randint(1, max_steps)
     pause_s = moment.random() * 0.3
+    left = set((run_dir / "checkpoints").glob(".last.ckpt.*"))
     process = started(argv, run_dir)
     deadline = time.monotonic() + DEADLINE_S
     # Rows that a killed run left beyond its checkpoint are dropped once the new one has logged.
@@ -91,14 +92,14 @@ def kill_once(argv: Sequence[str], run_dir: Path, moment: random.Random, max_ste
         fresh = start == 0 or (run_dir / "metrics.csv").stat().st_mtime_ns != before
         if fresh and logged_step(run_dir) >= start + further:
             break
-        if while_saving and is_saving(run_dir):
+        if while_saving and is_saving(run_dir, left):
             pause_s = 0
             break
         time.sleep(0.002)
     time.sleep(pause_s)
     if not process.is_alive():
         return "ended before it was killed"
-    saving = is_saving(run_dir)
+    saving = is_saving(run_dir, left)
     os.killpg(process.pid or 0, signal.SIGKILL)
     process.join()
     at, saved = logged_step(run_dir), saved_step(run_dir)

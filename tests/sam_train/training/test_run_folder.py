@@ -192,3 +192,13 @@ def test_without_a_last_checkpoint_a_previous_one_is_gone_on_from(tmp_path: Path
     previous.parent.mkdir()
     torch.save({}, previous)
     assert run_folder.inspect(tmp_path).last_checkpoint == previous
+
+
+def test_what_a_kill_left_of_an_unfinished_checkpoint_goes_when_the_run_goes_on(
+    tmp_path: Path,
+) -> None:
+    left = tmp_path / "checkpoints" / ".last.ckpt.abc123"
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    run_folder.prepare(tmp_path, {}, run_folder.Action.RESUME)
+    assert not left.exists()

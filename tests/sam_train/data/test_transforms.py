@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sam_train.data import transforms
 from sam_train.data.augment import ColourJitter, Flips
 from sam_train.data.crops import LargeScaleJitter, ObjectZoom
 from sam_train.data.sa1b import ShardSource
+from sam_train.data.source import DamagedSampleError
 from sam_train.data.transforms import ToSample
 
 IMG, GRID = 64, 32
@@ -100,13 +102,14 @@ def test_only_drawn_masks_are_decoded_and_each_once(make, monkeypatch):
         assert len(sample.masks) == len(decoded) == len(set(decoded)) == 7
 
 
-def test_no_pixel_is_decoded_where_there_is_no_mask_to_draw(make):
+def test_an_image_without_a_mask_to_draw_is_decoded_so_that_its_damage_shows(make):
     def load():
-        raise AssertionError("decoded for nothing")
+        raise DamagedSampleError("cut short")
 
     record = make.record("a", np.ones((1, 30, 30), bool))
-    record = type(record)(record.key, record.size, record.annotations, load)
     assert to_sample()(record, 0) is None
+    with pytest.raises(DamagedSampleError, match="cut short"):
+        to_sample()(replace(record, load=load), 0)
 
 
 def test_masks_over_the_area_limit_are_not_drawn(make):

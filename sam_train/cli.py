@@ -115,7 +115,7 @@ def convert(cfg: DictConfig) -> None:
     elif cfg.stats is not None:
         print(stats.stats(config.plain_value(cfg.stats), Path(cfg.out or "outputs/stats")))
     else:
-        if cfg.data is None or cfg.out is None:
+        if "data" not in cfg or cfg.out is None:
             raise ValueError("say data=NAME out=DIR to convert, check=PATH or stats=PATH")
         config.check_complete(cfg)
         settings = {name: cfg[name] for name in sample.ShardSettings.__dataclass_fields__}

@@ -92,14 +92,15 @@ def _plot(columns: dict[str, np.ndarray], path: Path) -> None:
     figure, axes = new_figure(2, 2, panel_in=(4.5, 3.0))
     axes[0, 0].scatter(columns["width, px"], columns["height, px"], s=8, alpha=0.4)
     axes[0, 0].set(title="sizes", xlabel="width, px", ylabel="height, px")
+    axes[0, 1].hist(columns["masks per image"], bins=30)
+    axes[0, 1].set(title="masks per image", xlabel="masks per image", ylabel="images")
     plots = (
-        (axes[0, 1], "masks per image", "images"),
-        (axes[1, 0], "mask area, px", "masks"),
-        (axes[1, 1], "mask area, % of the image", "masks"),
+        (axes[1, 0], "mask area, px"),
+        (axes[1, 1], "mask area, % of the image"),
     )
-    for plot, name, counted in plots:
+    for plot, name in plots:
         values = columns[name][columns[name] > 0]
-        plot.set(title=name, xlabel=name, ylabel=counted)
+        plot.set(title=name, xlabel=name, ylabel="masks")
         if len(values):
             plot.hist(values, bins=_log_bins(values))
             plot.set_xscale("log")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -95,7 +94,5 @@ class IndexedSource:
             record = self.items.record(index)
         except READ_ERRORS as error:
             raise tally.damaged(name, error) from None
-        load: Callable[..., np.ndarray] = partial(
-            self._cache.load, name, record.load, tally, self.cache_mb * 2**20 / num_readers
-        )
-        return replace(record, source=self.name, load=load, damaged=partial(tally.damaged, name))
+        max_bytes = self.cache_mb * 2**20 / num_readers
+        return replace(self._cache.serve(name, record, tally, max_bytes), source=self.name)

@@ -7,12 +7,10 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlparse
 
-import numpy as np
 from webdataset.gopen import rewrite_url
 from webdataset.shardlists import expand_urls
 
@@ -181,22 +179,7 @@ class ShardSource:
         except ValueError as error:
             raise tally.damaged(name, error) from None
         max_bytes = self.cache_mb * 2**20 / num_readers
-        load = partial(self._cache.load, name, record.load, tally, max_bytes)
-        load_reduced = None
-        if record.load_reduced is not None:
-            load_reduced = partial(self._reduced, name, record, tally, max_bytes)
-        return replace(
-            record, load=load, load_reduced=load_reduced, damaged=partial(tally.damaged, name)
-        )
-
-    def _reduced(
-        self, name: str, record: ImageRecord, tally: DamageTally, max_bytes: float, shrink: int
-    ) -> tuple[np.ndarray, int]:
-        """Each scale is kept by itself: what a sample looks like must not hang on what is in the cache."""
-        assert record.load_reduced is not None
-        decode = record.load_reduced
-        pixels = self._cache.load(f"{name} 1/{shrink}", lambda: decode(shrink)[0], tally, max_bytes)
-        return pixels, 1 if pixels.shape[:2] == record.size else shrink
+        return self._cache.serve(name, record, tally, max_bytes)
 
     def _path_text(self) -> str:
         return self.path if isinstance(self.path, str) else ", ".join(map(str, self.path))

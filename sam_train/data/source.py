@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -141,7 +142,12 @@ class ImageCache:
         self.num_bytes = 0
 
     def load(
-        self, name: str, load: Callable[[], np.ndarray], tally: DamageTally, max_bytes: float
+        self,
+        name: str,
+        load: Callable[[], np.ndarray],
+        tally: DamageTally,
+        max_bytes: float,
+        told_as: str | None = None,
     ) -> np.ndarray:
         """The image of this name, decoded by `load` if it is not here; counts one that cannot be.
 
@@ -153,11 +159,36 @@ class ImageCache:
         try:
             image = load()
         except (ValueError, OSError) as error:
-            raise tally.damaged(name, error) from None
+            raise tally.damaged(told_as or name, error) from None
         if self.num_bytes + image.nbytes <= max_bytes:
             self.images[name] = image
             self.num_bytes += image.nbytes
         return image
+
+    def serve(
+        self, name: str, record: ImageRecord, tally: DamageTally, max_bytes: float
+    ) -> ImageRecord:
+        """The record with its pixels, whole and reduced, from here; what cannot be read is counted."""
+        return replace(
+            record,
+            load=partial(self.load, name, record.load, tally, max_bytes),
+            load_reduced=(
+                None
+                if record.load_reduced is None
+                else partial(self._reduced, name, record, tally, max_bytes)
+            ),
+            damaged=partial(tally.damaged, name),
+        )
+
+    def _reduced(
+        self, name: str, record: ImageRecord, tally: DamageTally, max_bytes: float, shrink: int
+    ) -> tuple[np.ndarray, int]:
+        """Each scale is kept by itself: what a sample looks like must not hang on what is in the cache."""
+        assert record.load_reduced is not None
+        decode = record.load_reduced
+        scale = f"{name} 1/{shrink}"
+        pixels = self.load(scale, lambda: decode(shrink)[0], tally, max_bytes, name)
+        return pixels, 1 if pixels.shape[:2] == record.size else shrink
 
     def __reduce__(self) -> tuple[type[ImageCache], tuple[()]]:
         return ImageCache, ()

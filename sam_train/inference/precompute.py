@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from sam_train.data.crops import whole_image
 from sam_train.data.embedding_cache import EmbeddingCache, thumbnails
-from sam_train.data.source import Source, UnusableSourceError, readable
+from sam_train.data.source import DamagedSampleError, Source, UnusableSourceError
 from sam_train.data.transforms import resize_window
 from sam_train.models.fingerprint import embedding_shape, encoder_id
 from sam_train.models.sam import Sam
@@ -149,11 +149,14 @@ class _MissingImages(IterableDataset):
 
     def _batches(self, records: Iterator[ImageRecord]) -> Iterator[_Batch]:
         group: list[tuple[str, np.ndarray]] = []
-        for record in readable(records):
+        for record in records:
             view = whole_image(
                 record.size, np.zeros((0, 4)), self.img_size, np.random.default_rng(0)
             )
-            group.append((record.key, resize_window(record, view)))
+            try:  # at the scale that training would decode it at
+                group.append((record.key, resize_window(record, view)))
+            except DamagedSampleError:  # counted and logged already
+                continue
             if len(group) == self.settings.batch_size:
                 yield self._collate(group)
                 group = []

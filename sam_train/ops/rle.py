@@ -29,8 +29,10 @@ class Runs:
         counts = run_lengths(rle)
         self.edges = np.zeros(len(counts) + 1, np.int64)
         np.cumsum(counts, out=self.edges[1:])
-        if counts.size and counts.min() < 0:
-            raise ValueError("the RLE is damaged: it has a run of negative length")
+        if counts.size and (counts.min() < 0 or counts.max() > height * width):
+            raise ValueError(
+                "the RLE is damaged: it has a run of negative length or one longer than the mask"
+            )
         if self.edges[-1] != height * width:
             raise ValueError(
                 f"the RLE is damaged or of another size: its runs cover {self.edges[-1]} pixels, "
@@ -127,7 +129,10 @@ def run_lengths(rle: Rle) -> np.ndarray:
     if isinstance(counts, bytes):
         return _uncompress(np.frombuffer(counts, np.uint8))
     if isinstance(counts, Sequence) and all(type(run) is int for run in counts):
-        return np.asarray(counts, np.int64)
+        try:
+            return np.asarray(counts, np.int64)
+        except OverflowError:
+            raise ValueError("the RLE is damaged: it has a run of more than 63 bits") from None
     raise ValueError(
         f"an RLE's counts are a string or a list of integers, got {type(counts).__name__}"
     )

@@ -2,13 +2,16 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from sam_train.data.file_lists import Names, files_below
 from sam_train.data.image_pairs import PairItems, sa1b_source
 from sam_train.data.indexed import IndexedSource
 from sam_train.data.sa1b import ShardSource
-from sam_train.data.source import UnusableSourceError, readable
+from sam_train.data.shards import encode_record
+from sam_train.data.source import DamagedSampleError, UnusableSourceError, readable
+from sam_train.data.transforms import ToSample
 
 
 @pytest.fixture
@@ -138,3 +141,25 @@ def test_tars_stay_tars(tmp_path, make):
         assert isinstance(sa1b_source(path=path, shuffle_buffer_mb=1), ShardSource)
     assert sa1b_source(path=str(tmp_path / "x")) == sa1b_source(path=str(tmp_path / "x"))
     assert PairItems(path="a") == PairItems(path="a") != PairItems(path="b")
+
+
+def test_a_jpeg_that_cannot_be_decoded_at_a_reduced_scale_is_counted(tmp_path, make, caplog):
+    mask = np.zeros((1, 256, 256), bool)
+    mask[:, 60:200, 60:200] = True
+    for key in ("a", "bad"):
+        files = encode_record(make.record(key, mask), suffix="jpg")
+        files["jpg"] = files["jpg"][: len(files["jpg"]) // (2 if key == "bad" else 1)]
+        for suffix, data in files.items():
+            (tmp_path / f"{key}.{suffix}").write_bytes(data)
+    source = sa1b_source(path=str(tmp_path), max_bad_fraction=1)
+    transform = ToSample(img_size=64, mask_size=32)
+
+    made, damaged = [], []
+    for record in source.records(epoch=0, reader=0, num_readers=1, shuffle=False):
+        try:
+            made.append(transform(record, 0).key)
+        except DamagedSampleError:
+            damaged.append(record.key)
+
+    assert (made, damaged) == (["a"], ["bad"])
+    assert "bad" in caplog.text and "1 of 2 samples are damaged" in caplog.text

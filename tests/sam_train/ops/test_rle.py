@@ -106,3 +106,12 @@ GOOD = rle.encode(np.eye(4, dtype=bool))
 def test_a_damaged_rle_is_refused_with_what_is_wrong(damaged, message):
     with pytest.raises(ValueError, match=message):
         rle.decode(damaged)
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[2**70, 5], [2**63 - 1, 2**63 - 1, 2 + 24 * 32], [-1, 24 * 32 + 1], [24 * 32 + 1, -1]],
+)
+def test_run_lengths_that_no_mask_has_are_refused_and_do_not_wrap_round(counts):
+    with pytest.raises(ValueError, match="the RLE is damaged"):
+        rle.Runs({"size": [24, 32], "counts": counts})

@@ -188,7 +188,11 @@ def _folder_name(text: str) -> str:
 
 def _each_set(part: str, *, _root_: DictConfig, _parent_: DictConfig) -> DictConfig:
     """The `train` or `val` node of every set of a mixture, by name."""
-    nodes = {name: f"${{data.sets.{name}.{part}}}" for name in _root_.data.sets}
+    sets = _root_.data.sets
+    for name in sets:
+        if "sets" in sets[name]:
+            raise ValueError(f"data.sets.{name} is a mixture itself: name its sets one by one")
+    nodes = {name: f"${{data.sets.{name}.{part}}}" for name in sets}
     return DictConfig(nodes, parent=_parent_)
 
 

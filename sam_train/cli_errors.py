@@ -73,7 +73,11 @@ def _memory_advice(error: BaseException) -> str | None:
         return None
     from sam_train.training.bounded import ADVICE, is_out_of_memory  # torch is there by now
 
-    return f"{str(error).splitlines()[0]}\n{ADVICE}" if is_out_of_memory(error) else None
+    return (
+        f"memory ran out: {str(error).splitlines()[0]}\n{ADVICE}"
+        if is_out_of_memory(error)
+        else None
+    )
 
 
 def near(name: str, known: Iterable[str], what: str) -> str:

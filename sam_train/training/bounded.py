@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from sam_train.models.sam import Sam
 from sam_train.structures import ImageFeatures, MaskPrediction, Prompts
 
-ADVICE = """memory ran out. What saves some, by what it saves (estimate=true tells the memory before a run):
+ADVICE = """What saves memory, and how much (estimate=true tells the need before a run):
   data.batch_size=N             activations of the encoder and all passes, in proportion; accumulate instead:
                                 trainer.accumulate_grad_batches=N; data.batch_size=auto takes what fits
   data.train_transform.max_masks=N or data.max_masks_per_batch=N

@@ -267,7 +267,7 @@ def fitting_batch_size(
     one, two = peak(1), peak(2)
     if one > free_bytes:
         raise ValueError(
-            f"data.batch_size=auto: a single image takes {_gib(one)}, {_gib(free_bytes)} are free. {ADVICE}"
+            f"data.batch_size=auto: a single image takes {_gib(one)}, {_gib(free_bytes)} are free.\n{ADVICE}"
         )
     return 1 + int((free_bytes - one) / max(two - one, 1.0))
 

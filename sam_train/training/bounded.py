@@ -55,7 +55,7 @@ def decode_bounded(
     count = max(1, len(image_index))
     size = count if chunk is None else chunk
     chunks = [slice(start, start + size) for start in range(0, count, size)]
-    if recompute or len(chunks) > 1:
+    if recompute or chunk is not None:
         answers = [checkpoint(decode, rows, use_reentrant=False) for rows in chunks]
     else:
         answers = [decode(rows) for rows in chunks]

@@ -373,3 +373,45 @@ def test_a_run_may_go_on_with_more_clicks_in_validation(train: Run, tmp_path: Pa
     assert train(*forced) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())["metrics"]
     assert "mean_iou@3" in metrics
+
+
+def test_validation_can_be_switched_off(train: Run, tmp_path: Path) -> None:
+    assert train("trainer.max_steps=2", "trainer.limit_val_batches=0") == 0
+
+    metrics = result(tmp_path)["metrics"]
+    assert metrics["steps"] == 2 and "mean_iou@1" not in metrics
+    assert not rows(tmp_path, "train/loss").keys() - {0, 1}
+    best = load_model(tmp_path / "checkpoints/best.ckpt").state_dict()
+    last = weights(tmp_path)
+    assert all(torch.equal(best[name], last[f"model.{name}"]) for name in best)
+
+
+def test_a_validation_that_was_due_when_the_run_was_stopped_is_caught_up_on(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_restored: dict[int, Any]
+) -> None:
+    often = ["trainer.max_steps=4", "trainer.val_check_interval=2"]
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, signal.SIGINT, step=2)
+        assert train(*often) == 130
+    assert 1 not in rows(tmp_path, "val/mean_iou@1")
+
+    assert train(*often) == 0
+
+    stopped = rows(tmp_path, "val/mean_iou@1")
+    whole = tmp_path / "whole"
+    assert train(*often, f"run_dir={whole}") == 0
+    assert list(stopped.values()) == list(rows(whole, "val/mean_iou@1").values())
+
+
+def test_an_average_of_the_weights_is_what_is_kept_as_best(train: Run, tmp_path: Path) -> None:
+    settings = ["callbacks=ema", "trainer.max_steps=3", "trainer.val_check_interval=3"]
+    assert train(*settings, "callbacks.best.monitor=iou_prediction_mae", "optim.lr=0.01") == 0
+
+    last = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
+    state = next(s for name, s in last["callbacks"].items() if "WeightAverage" in name)
+    names = [n for n, _ in load_model(tmp_path / "checkpoints/best.ckpt").named_parameters()]
+    best = load_model(tmp_path / "checkpoints/best.ckpt").state_dict()
+    assert len(names) == len(state["average"]) and state["num_steps"] == 3
+    for name, average in zip(names, state["average"], strict=True):
+        assert torch.equal(best[name], average), name
+    assert any(not torch.equal(best[n], last["state_dict"][f"model.{n}"]) for n in names)

@@ -183,24 +183,36 @@ def _settle_batch_size(cfg: DictConfig, folder: Path) -> None:
 
     if cfg.data.get("batch_size") != "auto":
         return
-    begun_with = run_folder.inspect(folder).config or {}
-    size = begun_with.get("data", {}).get("batch_size")
+    state = run_folder.inspect(folder)
+    size = None
+    if state.last_checkpoint is not None or state.result is not None:  # else nothing was begun
+        size = (state.config or {}).get("data", {}).get("batch_size")
     if size is None:
+        if cfg.trainer.num_nodes > 1:
+            raise ValueError(
+                "data.batch_size=auto looks at one machine: state a number for several"
+            )
         cfg.data.batch_size = 1
         module, run = _imagined(cfg)
         size = estimate.fitting_batch_size(
             module, run, cfg.data.max_masks_per_batch, _free_bytes(cfg)
         )
         log.info("data.batch_size=auto: %d images fit", size)
+    else:
+        log.info("data.batch_size=auto: %s images, what this run began with", size)
     cfg.data.batch_size = size
 
 
 def _free_bytes(cfg: DictConfig) -> float:
+    """What the device of one process can still hold."""
     import torch
 
+    from sam_train import doctor
+
     if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available():
-        return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+        return float(torch.cuda.mem_get_info(int(os.environ.get("LOCAL_RANK", 0)))[0])
+    devices = cfg.trainer.devices
+    return doctor.available_bytes() / (devices if isinstance(devices, int) and devices > 0 else 1)
 
 
 def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
@@ -210,6 +222,8 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
     from sam_train.training import estimate
     from sam_train.training.finetune import freeze
 
+    if "teacher" in cfg.task:
+        raise ValueError("estimate=true and data.batch_size=auto do not count a teacher yet")
     with torch.device("meta"):
         module = config.instantiate(cfg.task)
     freeze(module.model, cfg.finetune)
@@ -283,12 +297,18 @@ def _fit(
     data: lightning.LightningDataModule,
     resumed: Path | None,
 ) -> None:
+    import torch
+
     try:
         with _quiet_lightning():
             trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     except (RuntimeError, ValueError, KeyError) as error:
         frames = traceback.extract_tb(error.__traceback__)
-        if resumed is None or not any(frame.name.startswith("restore") for frame in frames):
+        if (
+            isinstance(error, torch.OutOfMemoryError)
+            or resumed is None
+            or not any(frame.name.startswith("restore") for frame in frames)
+        ):
             raise
         raise ValueError(
             f"{resumed} does not fit this configuration: {str(error).splitlines()[0]}. Choose another "

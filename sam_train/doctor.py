@@ -125,3 +125,20 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def available_bytes() -> float:
+    """Host memory that a process may still take: of the machine, and of the control group it is in."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+    available = 1024.0 * int(fields["MemAvailable"].split()[0])
+    group = Path("/sys/fs/cgroup")
+    for limit, used in (
+        (group / "memory.max", group / "memory.current"),
+        (group / "memory/memory.limit_in_bytes", group / "memory/memory.usage_in_bytes"),
+    ):
+        if limit.exists() and (most := limit.read_text().strip()).isdigit():
+            available = min(available, float(most) - float(used.read_text()))
+    return available

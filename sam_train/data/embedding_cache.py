@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import uuid
 import zlib
 from collections.abc import Sequence
@@ -29,6 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sam_train.ops.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class EmbeddingCache:
         description = self.folder / "cache.json"
         if dtype is not None and not description.is_file():
             begun = {"format": FORMAT_VERSION, "shape": list(self.shape), "dtype": dtype}
-            _write_atomically(description, json.dumps(begun) + "\n")
+            write_atomically(description, json.dumps(begun) + "\n")
         if not description.is_file():
             raise CacheError(
                 f"{folder} holds no embeddings of this encoder ({encoder}): sam-precompute "
@@ -277,11 +278,3 @@ def _name(key: str) -> np.uint64:
 
 def _row_crc(row: np.ndarray | np.void) -> int:
     return zlib.crc32(row.tobytes()[: -ROW["row_crc"].itemsize])
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        file.write(text)
-    Path(file.name).chmod(0o644)
-    Path(file.name).replace(path)

@@ -28,12 +28,18 @@ def check_whole(path: Path) -> None:
         raise DamagedFileError(f"{path} is damaged: the checksum of {bad} is wrong")
 
 
-def write_atomically(path: Path, content: str | Callable[[Path], object]) -> None:
+def write_atomically(
+    path: Path,
+    content: str | Callable[[Path], object],
+    *,
+    before: Callable[[], object] | None = None,
+) -> None:
     """Fills a file beside `path`, then puts it in place: a reader sees all of it or what was there.
 
     Args:
         path: the final place; its folder is made.
         content: text, or what writes to the path it is given.
+        before: called when the new file is whole and on disk, and the old one still there.
 
     Raises:
         OSError: the folder or the file cannot be written; nothing is left behind.
@@ -54,6 +60,8 @@ def write_atomically(path: Path, content: str | Callable[[Path], object]) -> Non
         with unfinished.open("rb+") as file:
             # A machine that fails may else keep the name and not the content.
             os.fsync(file.fileno())
+        if before is not None:
+            before()
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

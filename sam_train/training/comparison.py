@@ -114,7 +114,9 @@ def differing(runs: Sequence[SweptRun]) -> list[str]:
 
 def _rank(run: SweptRun) -> tuple[bool, float, str]:
     score = run.metrics.get(SHOWN[0])
-    return score is None, -(score if isinstance(score, float) else 0.0), run.name
+    if not isinstance(score, float) or math.isnan(score):
+        return True, 0.0, run.name
+    return False, -score, run.name
 
 
 def _all_metrics(runs: Sequence[SweptRun]) -> list[str]:

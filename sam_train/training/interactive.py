@@ -139,7 +139,8 @@ class InteractiveTraining(lightning.LightningModule):
         self._seed_batch()
         loss = self._at_current_size(batch)
         self._num_accumulated += 1
-        self.non_finite.look_at_loss(loss.detach(), batch.keys, self.global_step)
+        alone = self._trainer is None or self.trainer.world_size == 1
+        self.non_finite.look_at_loss(loss.detach(), batch.keys, self.global_step, alone=alone)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
         return loss
@@ -323,7 +324,13 @@ class InteractiveTraining(lightning.LightningModule):
         self.has_played = False
         self._num_accumulated = 0
         is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        self.non_finite.passes(self.model.parameters(), self.global_step, scaled=is_scaled)
+        met = torch.tensor(float(self.non_finite.met_bad_loss), device=self.device)
+        self.non_finite.passes(
+            self.model.parameters(),
+            self.global_step,
+            scaled=is_scaled,
+            elsewhere=bool(self._over_ranks(met, "max")),
+        )
 
     def _batch_number(self) -> int:
         """Of this batch in the whole run; the same on all ranks, and after a restart."""

@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 ADVICE = "lower optim.lr, train in trainer.precision=32-true, or look at these images"
 
+MOST_OVERFLOWS = 30
+"""A gradient scaler halves its scale at each overflow: after these it is 2**16 / 2**30."""
+
 
 @dataclass
 class NonFiniteGuard:
@@ -39,8 +42,16 @@ class NonFiniteGuard:
         if self.max_in_a_row < 1:
             raise ValueError(f"max_in_a_row is 1 or more, got {self.max_in_a_row}")
 
-    def look_at_loss(self, loss: Tensor, keys: Iterable[str], step: int) -> None:
+    def look_at_loss(
+        self, loss: Tensor, keys: Iterable[str], step: int, *, alone: bool = True
+    ) -> None:
         """Notes the images of a batch, and whether their loss is finite.
+
+        Args:
+            loss: of the batch.
+            keys: of its images.
+            step: its number, for the message.
+            alone: there is no other rank, which would wait for this one's gradients.
 
         Raises:
             FloatingPointError: it is not, and that is to stop the run.
@@ -49,30 +60,47 @@ class NonFiniteGuard:
         if torch.isfinite(loss):
             return
         self._bad_loss = f"the loss is {loss.item()} in the batch of images {', '.join(keys)}"
-        if self.action == "stop":
+        if self.action == "stop" and alone:
             raise FloatingPointError(f"{self._bad_loss}, at step {step}: {ADVICE}")
 
-    def passes(self, parameters: Iterable[Tensor], step: int, *, scaled: bool) -> bool:
+    @property
+    def met_bad_loss(self) -> bool:
+        """Whether a loss of this step was not finite."""
+        return bool(self._bad_loss)
+
+    def passes(
+        self, parameters: Iterable[Tensor], step: int, *, scaled: bool, elsewhere: bool = False
+    ) -> bool:
         """Whether the optimiser may step; if not, all gradients are gone.
 
         Args:
             parameters: of the model, their gradients added up over all ranks.
             step: its number, for the message.
-            scaled: a gradient scaler is at work, which looks for overflows itself and expects some.
+            scaled: a gradient scaler is at work, which leaves steps out by itself and expects to: only
+                `MOST_OVERFLOWS` of them in a row are too many.
+            elsewhere: a loss on another rank was not finite.
 
         Raises:
             FloatingPointError: there is no going on.
         """
         with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-        is_bad = bool(self._bad_loss)
-        if not is_bad and not scaled and with_grad:
+        is_bad = has_overflown = bool(self._bad_loss) or elsewhere
+        if not is_bad and with_grad:
             norms = torch._foreach_norm([p.grad for p in with_grad if p.grad is not None])
-            is_bad = not bool(torch.isfinite(torch.stack(norms).sum()))
+            has_overflown = not bool(torch.isfinite(torch.stack(norms).sum()))
+            is_bad = has_overflown and not scaled
         keys, bad_loss = ", ".join(self._keys), self._bad_loss
         self._keys, self._bad_loss = [], ""
         if not is_bad:
-            self.num_in_a_row = 0
+            self.num_in_a_row = self.num_in_a_row + 1 if has_overflown else 0
+            if self.num_in_a_row >= MOST_OVERFLOWS:
+                raise FloatingPointError(
+                    f"the gradient was not finite in {self.num_in_a_row} steps in a row, whatever its "
+                    f"scale, last at step {step} in the batch of images {keys}: {ADVICE}"
+                )
             return True
+        if elsewhere and not bad_loss:
+            bad_loss = "the loss on another rank is not finite; its log names the images"
         what = bad_loss or f"the gradient is not finite in the batch of images {keys}"
         if self.action == "stop":
             raise FloatingPointError(f"{what}, at step {step}: {ADVICE}")

@@ -9,6 +9,7 @@ train.log               what the terminal showed, and tracebacks
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -137,7 +138,7 @@ def prepare(folder: Path, config: Mapping[str, Any], action: Action) -> None:
     """
     try:
         for unfinished in (folder / LAST_CHECKPOINT).parent.glob(".*.ckpt.*"):
-            unfinished.unlink()  # of a run that was killed while it saved
+            unfinished.unlink(missing_ok=True)  # of a run that was killed while it saved
         write_atomically(folder / CONFIG, yaml.safe_dump(dict(config), sort_keys=False))
         (folder / RESULT).unlink(missing_ok=True)
         if action is Action.START:
@@ -150,7 +151,7 @@ def prepare(folder: Path, config: Mapping[str, Any], action: Action) -> None:
 
 
 def newest_whole_checkpoint(folder: Path) -> Path:
-    """The checkpoint to go on from, read through: `previous.ckpt` where `last.ckpt` is damaged.
+    """The checkpoint to go on from, read through; `previous.ckpt` takes the place of a damaged `last.ckpt`.
 
     Raises:
         DamagedFileError: none of them is whole.
@@ -164,7 +165,12 @@ def newest_whole_checkpoint(folder: Path) -> Path:
             continue
         for reason in reasons:
             log.warning("%s: going on from %s, the one before", reason, path)
-        return path
+        last = folder / LAST_CHECKPOINT
+        if path != last:
+            # Or the next save would keep the damaged one as the one before.
+            with contextlib.suppress(FileNotFoundError):  # another process did
+                path.replace(last)
+        return last
     raise DamagedFileError(
         f"{'; '.join(reasons)}. There is no other to go on from: delete the folder, or choose another "
         "run_dir=PATH"
@@ -182,6 +188,7 @@ def keep_previous(last: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(last, unfinished)
     unfinished.replace(last.with_name(PREVIOUS_CHECKPOINT.name))
+    unfinished.unlink(missing_ok=True)  # where both were one file, replacing does nothing
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import math
+import re
+import shutil
 import signal
 import threading
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from sam_train.metrics.clicks import SIZE_SUFFIXES
@@ -25,7 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place, reads it back, and only then puts it there."""
+    """Writes a checkpoint beside its place, reads it back, and only then puts it there.
+
+    While `last.ckpt` is replaced, three whole ones are on disk: it, the new one and `previous.ckpt`.
+    """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
@@ -33,10 +39,21 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         """See Lightning's `CheckpointIO`."""
 
         def write(unfinished: Path) -> None:
-            torch.save(checkpoint, unfinished)
+            try:
+                torch.save(checkpoint, unfinished)
+            except RuntimeError as error:  # torch's own, for what the system says to it
+                if not re.search(r"inline_container|PytorchStreamWriter", str(error)):
+                    raise
+                free = shutil.disk_usage(unfinished.parent).free / 2**30
+                raise OSError(
+                    f"{path} cannot be written: is the disk full? {free:.2f} GiB are free there. The same "
+                    "command goes on from the checkpoint before"
+                ) from error
             check_whole(unfinished)
 
-        write_atomically(Path(path), write)
+        is_last = Path(path).name == run_folder.LAST_CHECKPOINT.name
+        before = partial(run_folder.keep_previous, Path(path)) if is_last else None
+        write_atomically(Path(path), write, before=before)
 
 
 class LastCheckpoint(Checkpoint):
@@ -66,6 +83,10 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: Any) -> None:
         self._told_to_stop = False
         self._saved_step = self._seen_step = trainer.global_step
+        for callback in trainer.callbacks:
+            # Lightning keeps its count, and forgets that it was enough.
+            if isinstance(callback, EarlyStopping) and callback.wait_count >= callback.patience:
+                trainer.should_stop = True
         if threading.current_thread() is threading.main_thread():  # no other may handle signals
             # Lightning has noted down the handlers there were, and puts them back after the run.
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -99,8 +120,6 @@ class LastCheckpoint(Checkpoint):
         self._saved_step = trainer.global_step
         for logger in trainer.loggers:
             logger.save()
-        if trainer.is_global_zero:
-            run_folder.keep_previous(self.path)
         trainer.save_checkpoint(self.path, weights_only=False)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -415,3 +415,42 @@ def test_an_average_of_the_weights_is_what_is_kept_as_best(train: Run, tmp_path:
     for name, average in zip(names, state["average"], strict=True):
         assert torch.equal(best[name], average), name
     assert any(not torch.equal(best[n], last["state_dict"][f"model.{n}"]) for n in names)
+
+
+def test_a_run_that_stopped_early_and_was_killed_before_its_report_does_not_train_on(
+    train: Run, tmp_path: Path
+) -> None:
+    settings = [
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=1",
+        "optim.lr=1e-12",
+        "trainer.val_check_interval=2",
+        "trainer.max_steps=40",
+        "callbacks.last.every_n_steps=2",
+    ]
+    assert train(*settings) == 0
+    (tmp_path / "metrics.json").unlink()
+    assert train(*settings) == 0
+    assert result(tmp_path)["metrics"]["steps"] == 4
+
+
+def test_after_a_fallback_a_save_that_fails_leaves_a_whole_checkpoint(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["trainer.max_steps=2", "callbacks.last.every_n_steps=1"]
+    assert train(*settings) == 0
+    last = tmp_path / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    (tmp_path / "metrics.json").unlink()
+
+    def full(*args: Any, **settings: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        assert train(*settings) == 2
+    assert "is the disk full" in capsys.readouterr().err
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+    assert train(*settings) == 0
+    assert result(tmp_path)["metrics"]["steps"] == 2

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from sam_train import cli, config
+from sam_train import cli, config, doctor
 from sam_train.training.estimate import (
     OVERHEAD,
     Phase,
@@ -213,3 +213,27 @@ def test_running_out_of_memory_ends_in_advice(
     assert cli.run("train", [*toy, f"run_dir={tmp_path}", "trainer.max_steps=1"]) == 2
     said = capsys.readouterr().err
     assert "memory ran out" in said and "task.checkpoint_passes=true" in said
+
+
+def test_an_attempt_that_reached_no_checkpoint_decides_no_batch_size(
+    toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra/config.yaml").write_text("data: {batch_size: 77}")
+    monkeypatch.setattr(cli, "_free_bytes", lambda cfg: 2**28)
+    argv = [*toy, "data.batch_size=auto", f"run_dir={tmp_path}", "trainer.max_steps=1"]
+    assert cli.run("train", argv) == 0
+    chosen = yaml.safe_load((tmp_path / ".hydra/config.yaml").read_text())["data"]["batch_size"]
+    assert 1 < chosen < 77
+
+
+def test_a_teacher_is_not_counted_and_that_is_said(
+    toy: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*toy, "task=distill", "teacher.checkpoint=t.ckpt", "estimate=true"]
+    assert cli.run("train", argv) == 2
+    assert "do not count a teacher" in capsys.readouterr().err
+
+
+def test_the_host_has_memory_left() -> None:
+    assert 2**20 < doctor.available_bytes() < 2**50

@@ -59,8 +59,31 @@ def test_too_many_skips_in_a_row_stop_after_all_and_are_counted_over_a_restart()
         again.passes([weight(0.0)], 3, scaled=False)
 
 
-def test_a_gradient_scaler_looks_for_overflows_itself() -> None:
-    assert NonFiniteGuard().passes([weight(math.inf)], 1, scaled=True)
+def test_a_gradient_scalers_overflows_pass_until_they_are_too_many_in_a_row() -> None:
+    guard, parameter = NonFiniteGuard(), weight(math.inf)
+    for step in range(29):
+        guard.look_at_loss(torch.tensor(1.0), ["a"], step)
+        assert guard.passes([parameter], step, scaled=True)
+    assert parameter.grad is not None, "the scaler has to see it"
+    assert guard.passes([weight(1.0)], 30, scaled=True) and guard.num_in_a_row == 0
+    for step in range(29):
+        guard.passes([parameter], step, scaled=True)
+    guard.look_at_loss(torch.tensor(1.0), ["b"], 60)
+    with pytest.raises(FloatingPointError, match=r"30 steps in a row.* step 60 .*images b"):
+        guard.passes([parameter], 60, scaled=True)
+
+
+def test_a_bad_loss_on_another_rank_leaves_the_step_out_here_too() -> None:
+    guard, parameter = NonFiniteGuard(action="skip"), weight(1.0)
+    guard.look_at_loss(torch.tensor(1.0), ["a"], 3, alone=False)
+    assert not guard.passes([parameter], 3, scaled=False, elsewhere=True)
+    assert parameter.grad is None
+
+    stopping = NonFiniteGuard()
+    stopping.look_at_loss(torch.tensor(math.nan), ["a"], 3, alone=False)  # the others wait for it
+    assert stopping.met_bad_loss
+    with pytest.raises(FloatingPointError, match="images a, at step 3"):
+        stopping.passes([weight(1.0)], 3, scaled=False)
 
 
 @pytest.mark.parametrize("settings", [{"action": "ignore"}, {"max_in_a_row": 0}])

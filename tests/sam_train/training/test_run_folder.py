@@ -179,9 +179,16 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
-    assert run_folder.newest_whole_checkpoint(tmp_path) == previous
+    assert run_folder.newest_whole_checkpoint(tmp_path) == last
+    assert torch.load(last, weights_only=True)["weights"].sum() == 0, (
+        "the one before took its place"
+    )
+    assert not previous.exists(), "no save can put the damaged one there"
     assert "last.ckpt is damaged" in caplog.text and "the one before" in caplog.text
 
+    run_folder.keep_previous(last)
+    last.unlink()
+    last.write_bytes(content)
     previous.write_bytes(previous.read_bytes()[:500])
     with pytest.raises(DamagedFileError, match=r"last\.ckpt.*previous\.ckpt.*run_dir=PATH"):
         run_folder.newest_whole_checkpoint(tmp_path)
@@ -202,3 +209,11 @@ def test_what_a_kill_left_of_an_unfinished_checkpoint_goes_when_the_run_goes_on(
     left.write_bytes(b"half")
     run_folder.prepare(tmp_path, {}, run_folder.Action.RESUME)
     assert not left.exists()
+
+
+def test_keeping_one_checkpoint_twice_leaves_nothing_behind(tmp_path: Path) -> None:
+    last = tmp_path / "last.ckpt"
+    last.write_bytes(b"x")
+    for _ in range(2):
+        run_folder.keep_previous(last)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]

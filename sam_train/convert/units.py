@@ -21,13 +21,24 @@ def count_units(source: Source, images_per_shard: int) -> int:
         FileNotFoundError, ValueError: there is nothing to read.
     """
     if isinstance(source, HeldOut):
-        share = source.share if source.keep == "held_out" else 1 - source.share
-        return max(1, math.ceil(share * count_units(source.source, images_per_shard)))
+        return max(1, math.ceil(kept_share(source) * count_units(source.source, images_per_shard)))
     if isinstance(source, IndexedSource):
         return max(1, math.ceil(len(source.items) / images_per_shard))
     if isinstance(source, ShardSource):
         return len(source.shards())
     return OF_OTHERS
+
+
+def kept_share(source: Source) -> float:
+    """What share of the images that a source reads it gives out, as far as `HeldOut` decides on it.
+
+    Of a mixture it is that of the source with the least.
+    """
+    if isinstance(source, HeldOut):
+        return source.share if source.keep == "held_out" else 1 - source.share
+    if isinstance(source, MixtureSource):
+        return min(map(kept_share, source.sources.values()))
+    return 1
 
 
 def tolerant(source: Source) -> Source:

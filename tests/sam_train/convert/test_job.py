@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_train.convert.job import MANIFEST, PARTS, conversion
+from sam_train.convert.job import MANIFEST, PARTS, _Judge, _Tally, conversion
 from sam_train.convert.sample import ShardSettings, safe_key
-from sam_train.convert.unit import convert_unit
+from sam_train.convert.unit import Part, convert_unit
 from sam_train.convert.units import tolerant
 from sam_train.data.folder import FolderItems
 from sam_train.data.indexed import IndexedSource
@@ -299,6 +300,38 @@ def test_damage_is_named_in_the_manifest_and_judged(convert, data, tmp_path, cap
         with pytest.raises(UnusableSourceError, match=r"1 of 23 .*im\.4.*max_bad_fraction=0\.01"):
             convert("strict", train=source_of(bad), max_bad_fraction=0.01)
     assert not (tmp_path / "strict" / MANIFEST).exists()
+
+
+def test_damage_met_for_both_splits_counts_once(convert, data, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    for number in (4, 7):
+        (bad / "masks" / f"im.{number}.png").write_bytes(b"no image")
+
+    manifest = convert(train=source_of(bad), max_bad_fraction=2 / COUNT, val_share=0.4)
+
+    assert [entry["name"] for entry in manifest["damaged"]] == ["im.4", "im.7"]
+    with pytest.raises(UnusableSourceError, match=f"2 of {COUNT} "):
+        convert("strict", train=source_of(bad), max_bad_fraction=0.05, val_share=0.4)
+
+
+def test_damage_of_the_same_name_in_other_files_counts_twice():
+    part = {"damaged": [("im.4", "no image")], "keys": ["a"]}
+    tally = _Tally()
+    for split in ("train", "train", "val"):
+        tally.add(Part(split=split, **part))
+    assert len(tally.all_damaged()) == 3
+    tally.kept_share = 0.9
+    assert len(tally.all_damaged()) == 2
+
+
+def test_a_share_still_unread_is_not_held_against_the_images_that_are_read():
+    tally = _Tally(kept_share=0.5)
+    judge = _Judge(0.05, tally)
+    damaged = [(f"im.{number}", "no image") for number in range(50)]
+    judge.add(Part(split="train", keys=["a"] * 475, damaged=damaged))
+    judge.add(Part(split="val", keys=["b"] * 475, damaged=damaged))
+    judge.finish()
 
 
 def test_names_that_come_twice_are_an_error_that_says_what_to_do(convert, make, tmp_path):

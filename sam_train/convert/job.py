@@ -1,6 +1,6 @@
 """`sam-convert data=NAME out=DIR`: any source to SA-1B shards, by several processes, going on after a kill.
 
-out/convert.json     what is being converted, and how; written first
+out/convert.json     what is being converted, and how; written when the data was found
 out/.parts/          finished shards, and what is known of each, until all are there
 out/train-000000.tar the shards, and val-000000.tar
 out/manifest.json    their counts and checksums; written last: it marks the conversion as finished
@@ -110,40 +110,61 @@ class Conversion:
         Raises:
             ValueError: the folder holds something else, or too many images are damaged.
         """
-        if (finished := self._open_folder()) is not None:
-            return finished
-        with _locked(self.out / PARTS / LOCK):
-            for leftover in self.out.glob(f"{PARTS}/.*.unfinished"):
-                leftover.unlink()
-            units = self._units()
-            self._convert(units, num_workers)
-            manifest = self._put_in_place(units)
-        shutil.rmtree(self.out / PARTS)
-        return manifest
+        finished = self._look_at_folder()
+        if finished is None:
+            pieces = self._pieces()  # before anything is written: they may not be found
+            (self.out / PARTS).mkdir(parents=True, exist_ok=True)
+            with _locked(self.out / PARTS / LOCK):
+                finished = self._look_at_folder() or self._run_locked(pieces, num_workers)
+        shutil.rmtree(self.out / PARTS, ignore_errors=True)
+        return finished
 
-    def _open_folder(self) -> dict[str, Any] | None:
-        """Sees that the folder is this conversion's; returns the manifest if that is finished."""
-        path = self.out / CONFIG
-        config = json.loads(json.dumps(self.config, default=str))
+    def _run_locked(self, pieces: Mapping[str, int], num_workers: int) -> dict[str, Any]:
+        names = (f"{PARTS}/.*.unfinished", f"{PARTS}/.*.json.*", f".{CONFIG}.*", f".{MANIFEST}.*")
+        for leftover in (path for name in names for path in self.out.glob(name)):
+            leftover.unlink()
+        if not self._is_begun():
+            for part in self.out.glob(f"{PARTS}/*.json"):
+                part.unlink()
+        write_atomically(self.out / CONFIG, partial(_dump, self._plain_config()))
+        units = self._units(pieces)
+        self._convert(units, num_workers)
+        return self._put_in_place(units)
+
+    def _look_at_folder(self) -> dict[str, Any] | None:
+        """Sees that the folder is this conversion's or free; returns the manifest if that is finished.
+
+        What was begun with another configuration and has no shard yet is free: it was a mistake.
+        """
+        path, manifest = self.out / CONFIG, self.out / MANIFEST
         if not path.is_file():
-            if self.out.is_dir() and any(self.out.iterdir()):
+            if self.out.is_dir() and any(not p.name.startswith(".") for p in self.out.iterdir()):
                 raise ValueError(f"{self.out} holds files already; choose another out=DIR")
-            write_atomically(path, partial(_dump, config))
-        elif changes := differences(json.loads(path.read_text()), config):
+            return None
+        changes = differences(json.loads(path.read_text()), self._plain_config())
+        if changes and (self._is_begun() or manifest.is_file()):
             lines = "\n".join(f"  {line}" for line in changes[:20])
             raise ValueError(
                 f"{self.out} holds another conversion:\n{lines}\n"
                 "Choose another out=DIR, or delete the folder"
             )
-        manifest = self.out / MANIFEST
-        (self.out / PARTS).mkdir(exist_ok=True)
         return json.loads(manifest.read_text()) if manifest.is_file() else None
 
-    def _units(self) -> list[Unit]:
-        counts = {
+    def _plain_config(self) -> Any:
+        return json.loads(json.dumps(self.config, default=str))
+
+    def _is_begun(self) -> bool:
+        """Whether there is a finished shard."""
+        return any(any(self.out.glob(name)) for name in ("*.tar", f"{PARTS}/*.tar"))
+
+    def _pieces(self) -> dict[str, int]:
+        """In how many pieces each split is converted."""
+        return {
             split: count_units(source, self.settings.images_per_shard)
             for split, source in self.splits.items()
         }
+
+    def _units(self, counts: Mapping[str, int]) -> list[Unit]:
         # The data's own size is part of what is converted: with more files, units are others.
         path = self.out / PARTS / "units.json"
         if path.is_file() and (before := json.loads(path.read_text())) != counts:

@@ -281,6 +281,33 @@ def test_another_conversion_in_the_same_folder_is_refused(convert, tmp_path):
         convert("full")
 
 
+def test_a_mistake_in_the_first_command_leaves_the_folder_free(convert, data, tmp_path):
+    items = FolderItems(images=str(tmp_path / "typo"), masks=str(data / "masks"), kind="index")
+    with pytest.raises(FileNotFoundError, match="typo"):
+        convert(train=IndexedSource(items=items))
+    assert not (tmp_path / "out").exists()
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(data, wrong)
+    for path in (wrong / "masks").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UnusableSourceError):
+        convert(train=source_of(wrong))
+    assert sum(split["images"] for split in convert()["splits"].values()) == COUNT
+
+
+def test_what_a_kill_leaves_behind_is_cleared(convert, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".convert.json.x7a").touch()
+    manifest = convert()
+    assert not list(out.glob(".*"))
+
+    (out / PARTS).mkdir()  # killed between the manifest and this folder's end
+    assert convert() == manifest
+    assert not (out / PARTS).exists()
+
+
 def test_damage_is_named_in_the_manifest_and_judged(convert, data, tmp_path, caplog):
     bad = tmp_path / "bad"
     for part in ("images", "masks"):

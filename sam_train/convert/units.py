@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from sam_train.data.indexed import IndexedSource
+from sam_train.data.listed import ListedSource
 from sam_train.data.mixture import MixtureSource
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.source import HeldOut, Source
@@ -20,6 +21,8 @@ def count_units(source: Source, images_per_shard: int) -> int:
     Raises:
         FileNotFoundError, ValueError: there is nothing to read.
     """
+    if isinstance(source, ListedSource):
+        return count_units(source.source, images_per_shard)
     if isinstance(source, HeldOut):
         return max(1, math.ceil(kept_share(source) * count_units(source.source, images_per_shard)))
     if isinstance(source, IndexedSource):
@@ -36,6 +39,8 @@ def kept_share(source: Source) -> float:
     """
     if isinstance(source, HeldOut):
         return source.share if source.keep == "held_out" else 1 - source.share
+    if isinstance(source, ListedSource):
+        return kept_share(source.source)
     if isinstance(source, MixtureSource):
         return min(map(kept_share, source.sources.values()))
     return 1
@@ -43,7 +48,7 @@ def kept_share(source: Source) -> float:
 
 def tolerant(source: Source) -> Source:
     """A source that leaves it to its user to judge how much damage is too much."""
-    if isinstance(source, HeldOut):
+    if isinstance(source, HeldOut | ListedSource):
         return replace(source, source=tolerant(source.source))
     if isinstance(source, MixtureSource):
         return replace(

@@ -24,12 +24,21 @@ def count_units(source: Source, images_per_shard: int) -> int:
     if isinstance(source, ListedSource):
         return count_units(source.source, images_per_shard)
     if isinstance(source, HeldOut):
-        return max(1, math.ceil(kept_share(source) * count_units(source.source, images_per_shard)))
+        whole = count_units(source.source, images_per_shard)
+        # With any other number of readers than that of the shards, each might read all of them.
+        share = 1 if _reads_shards(source.source) else kept_share(source)
+        return max(1, math.ceil(share * whole))
     if isinstance(source, IndexedSource):
         return max(1, math.ceil(len(source.items) / images_per_shard))
     if isinstance(source, ShardSource):
         return len(source.shards())
     return OF_OTHERS
+
+
+def _reads_shards(source: Source) -> bool:
+    if isinstance(source, HeldOut | ListedSource):
+        return _reads_shards(source.source)
+    return isinstance(source, ShardSource)
 
 
 def kept_share(source: Source) -> float:

@@ -6,6 +6,7 @@ import pytest
 from sam_train.convert.units import count_units, kept_share, tolerant
 from sam_train.data.indexed import IndexedSource
 from sam_train.data.listed import ListedSource
+from sam_train.data.sa1b import ShardSource, splits_by_shard
 from sam_train.data.source import HeldOut
 from sam_train.structures import ImageRecord
 
@@ -40,3 +41,11 @@ def test_a_listed_source_is_as_tolerant_and_as_large_as_what_it_lists(listed):
     assert count_units(held_out, 5) == 3 and kept_share(held_out) == 0.75
     records = tolerant(listed).records(epoch=0, reader=0, num_readers=1, shuffle=False)
     assert [record.key for record in records] == ["1"]
+
+
+@pytest.mark.parametrize("keep", ["rest", "held_out"])
+def test_each_shard_is_read_by_one_unit_where_a_share_is_held_out(make, tmp_path, keep):
+    make.shards(tmp_path, [1] * 7)
+    source = ShardSource(path=str(tmp_path))
+    held_out = HeldOut(source=HeldOut(source=source, share=0.1, keep="rest"), share=0.2, keep=keep)
+    assert splits_by_shard(7, count_units(held_out, 5))

@@ -199,21 +199,26 @@ def check_task(task: Task) -> Iterator[Checked]:
         checked.faults.append((task.path, "its checksum is not that of manifest.json"))
     ids: list[int] = []
     num_drawn = 0
-    try:
-        for key, files in _samples(task):
-            checked.keys.append(key)
-            annotations, faults = check_sample(files)
-            ids += [annotation.id for annotation in annotations]
-            checked.faults += [(f"{task.name}:{key}", fault) for fault in faults]
-            if num_drawn < task.num_pictures and not faults:
-                _draw(task.out, key, files, annotations)
-                num_drawn += 1
-    except OSError as error:
-        checked.faults.append((task.name, str(error)))
+    for key, files in _until_broken(task, checked):
+        checked.keys.append(key)
+        annotations, faults = check_sample(files)
+        ids += [annotation.id for annotation in annotations]
+        checked.faults += [(f"{task.name}:{key}", fault) for fault in faults]
+        if num_drawn < task.num_pictures and not faults:
+            _draw(task.out, key, files, annotations)
+            num_drawn += 1
     if not checked.keys:
         checked.faults.append((task.name, "it holds no image and no JSON"))
     checked.ids = np.array(ids, np.int64)
     yield checked
+
+
+def _until_broken(task: Task, checked: Checked) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """A task's samples; what ends them early is a fault, unlike what happens to a picture of them."""
+    try:
+        yield from _samples(task)
+    except OSError as error:
+        checked.faults.append((task.name, str(error)))
 
 
 def _samples(task: Task) -> Iterator[tuple[str, Mapping[str, bytes]]]:

@@ -73,6 +73,15 @@ def test_shards_of_the_manifest_that_are_gone_and_other_totals_are_faults(shards
         check(str(tmp_path), tmp_path / "out", 0, 0)
 
 
+def test_a_picture_that_cannot_be_written_is_no_fault_of_the_shard(shards, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("sam_train.convert.check.save_image", full)
+    with pytest.raises(OSError, match="no space left"):
+        check(str(shards), tmp_path / "out", 1, 0)
+
+
 def test_every_fault_of_a_sample_is_named(make):
     files = encode_record(make.square("a"), suffix="png")
     content = json.loads(files["json"])

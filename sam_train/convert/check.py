@@ -159,7 +159,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
         splits = json.loads((folder / "manifest.json").read_text())["splits"]
         for split in splits.values():
             for entry in split["shards"]:
-                entry["name"], entry["sha256"]  # noqa: B018  else somebody else's
+                entry["name"], entry["sha256"]  # else somebody else's
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return {}
     return dict(splits)

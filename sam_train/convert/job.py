@@ -52,6 +52,7 @@ class _Tally:
         kept_share: of the images read for "train" that are its own; where that is less than 1, "val" is
             read from the same files and meets the same damage.
         damaged: how often each name came with each reason, by split.
+        keys: of the images, by split.
     """
 
     kept_share: float = 1
@@ -59,8 +60,12 @@ class _Tally:
     num_small: int = 0
     num_empty: int = 0
     damaged: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    keys: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
+        known = self.keys.setdefault(part.split, set())
+        _check_keys(Counter(part.keys) + Counter(known.intersection(part.keys)))
+        known.update(part.keys)
         self.num_images += len(part.keys)
         self.num_small += part.num_small
         self.num_empty += part.num_empty

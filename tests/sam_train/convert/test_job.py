@@ -343,7 +343,7 @@ def test_damage_met_for_both_splits_counts_once(convert, data, tmp_path):
 
 
 def test_damage_of_the_same_name_in_other_files_counts_twice():
-    part = {"damaged": [("im.4", "no image")], "keys": ["a"]}
+    part = {"damaged": [("im.4", "no image")]}
     tally = _Tally()
     for split in ("train", "train", "val"):
         tally.add(Part(split=split, **part))
@@ -356,8 +356,8 @@ def test_a_share_still_unread_is_not_held_against_the_images_that_are_read():
     tally = _Tally(kept_share=0.5)
     judge = _Judge(0.05, tally)
     damaged = [(f"im.{number}", "no image") for number in range(50)]
-    judge.add(Part(split="train", keys=["a"] * 475, damaged=damaged))
-    judge.add(Part(split="val", keys=["b"] * 475, damaged=damaged))
+    judge.add(Part(split="train", keys=list(map(str, range(475))), damaged=damaged))
+    judge.add(Part(split="val", keys=list(map(str, range(475))), damaged=damaged))
     judge.finish()
 
 
@@ -370,6 +370,14 @@ def test_names_that_come_twice_are_an_error_that_says_what_to_do(convert, make, 
     convert("numbered", train=source, val_share=0, keys="numbered")
     keys = [record.key for record in records(tmp_path / "numbered")]
     assert keys == ["train_000000_000000", "train_000001_000000"]
+
+
+def test_names_that_come_twice_are_found_before_all_is_converted(convert, make, tmp_path):
+    for number, key in enumerate(("same", "same", "other")):
+        make.tar(tmp_path / f"{number}.tar", make.files(make.square(key)))
+    with pytest.raises(ValueError, match="keys=numbered"):
+        convert(train=ShardSource(path=str(tmp_path / "?.tar")), val_share=0)
+    assert len(list((tmp_path / "out" / PARTS).glob("*.tar"))) == 2
 
 
 def test_images_left_without_masks_are_counted(convert, tmp_path):

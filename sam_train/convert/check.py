@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -64,11 +66,13 @@ class Checked:
     """What was found in one task.
 
     Attributes:
+        path: of the shard; empty for a folder.
         group: shards of one group have no key in common: those whose names differ in their number.
         faults: name and reason.
         keys, ids: of all its images and masks.
     """
 
+    path: str
     group: str
     faults: list[tuple[str, str]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
@@ -89,10 +93,14 @@ def check(path: str | Sequence[str], out: Path, num_pictures: int, num_workers: 
     keys: dict[str, Counter[str]] = defaultdict(Counter)
     ids: list[np.ndarray] = []
     faults: list[tuple[str, str]] = []
+    found: dict[str, tuple[int, int]] = {}
     for checked in pool.run(check_task, tasks, min(num_workers, len(tasks))):
+        found[checked.path] = len(checked.keys), len(checked.ids)
         keys[checked.group].update(checked.keys)
         ids.append(checked.ids)
         faults += checked.faults
+    for folder in _folders(path):
+        faults += manifest_faults(folder, found)
     faults += [
         (key, f"its key comes {count} times")
         for counts in keys.values()
@@ -128,46 +136,89 @@ def _tasks(path: str | Sequence[str], out: Path, num_pictures: int) -> list[Task
             for i in starts
         ]
     else:
-        places = [{"path": shard, "sha256": _stated_sum(shard)} for shard in source.shards()]
+        shards = source.shards()
+        sums = {folder: _sums(folder) for folder in {Path(shard).parent for shard in shards}}
+        places = [
+            {"path": shard, "sha256": sums[Path(shard).parent].get(Path(shard).name)}
+            for shard in shards
+        ]
     quotas = Counter(i * len(places) // max(num_pictures, 1) for i in range(num_pictures))
     return [Task(**place, num_pictures=quotas[i], out=out) for i, place in enumerate(places)]
 
 
-def _stated_sum(shard: str) -> str | None:
-    """A shard's SHA-256 by the manifest beside it."""
-    manifest = Path(shard).parent / "manifest.json"
-    if not manifest.is_file():
-        return None
+def _folders(path: str | Sequence[str]) -> list[Path]:
+    """The folders among what is to be verified, that is all that their manifests name."""
+    stated = [path] if isinstance(path, str) else path
+    parts = [part for text in stated for part in str(text).split("::")]
+    return [Path(found) for part in parts for found in glob.glob(part) or [part] if isdir(found)]
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The splits by the manifest in a folder, each with its `shards`; none if there is no such file."""
     try:
-        splits = json.loads(manifest.read_text())["splits"].values()
-        sums = {entry["name"]: entry["sha256"] for split in splits for entry in split["shards"]}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return None  # somebody else's
-    return sums.get(Path(shard).name)
+        splits = json.loads((folder / "manifest.json").read_text())["splits"]
+        for split in splits.values():
+            for entry in split["shards"]:
+                entry["name"], entry["sha256"]  # else somebody else's
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return dict(splits)
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """The shards' SHA-256 by the manifest beside them."""
+    shards = [entry for split in _manifest(folder).values() for entry in split["shards"]]
+    return {entry["name"]: entry["sha256"] for entry in shards}
+
+
+def manifest_faults(
+    folder: Path, found: Mapping[str, tuple[int, int]]
+) -> Iterator[tuple[str, str]]:
+    """Shards that a folder's manifest names and that are gone, and splits of other totals than it states.
+
+    Args:
+        folder: of the manifest.
+        found: numbers of images and masks, by the path of their shard.
+    """
+    counts = {Path(path): both for path, both in found.items()}
+    for name, split in _manifest(folder).items():
+        paths = [folder / entry["name"] for entry in split["shards"]]
+        absent = [path for path in paths if path not in counts]
+        yield from ((str(path), "manifest.json names it, and it is absent") for path in absent)
+        for number, what in enumerate(("images", "masks")):
+            total = sum(counts[path][number] for path in paths if path in counts)
+            if not absent and split.get(what, total) != total:
+                reason = f"manifest.json states {split[what]} {what}, its shards hold {total}"
+                yield f"{folder}: {name}", reason
 
 
 def check_task(task: Task) -> Iterator[Checked]:
     """Verifies one task's samples."""
-    checked = Checked(re.sub(r"[-_]?\d+$", "", Path(task.path).stem))
+    checked = Checked(task.path, re.sub(r"[-_]?\d+$", "", Path(task.path).stem))
     if task.sha256 is not None and _sum(Path(task.path)) != task.sha256:
         checked.faults.append((task.path, "its checksum is not that of manifest.json"))
     ids: list[int] = []
     num_drawn = 0
-    try:
-        for key, files in _samples(task):
-            checked.keys.append(key)
-            annotations, faults = check_sample(files)
-            ids += [annotation.id for annotation in annotations]
-            checked.faults += [(f"{task.name}:{key}", fault) for fault in faults]
-            if num_drawn < task.num_pictures and not faults:
-                _draw(task.out, key, files, annotations)
-                num_drawn += 1
-    except OSError as error:
-        checked.faults.append((task.name, str(error)))
+    for key, files in _until_broken(task, checked):
+        checked.keys.append(key)
+        annotations, faults = check_sample(files)
+        ids += [annotation.id for annotation in annotations]
+        checked.faults += [(f"{task.name}:{key}", fault) for fault in faults]
+        if num_drawn < task.num_pictures and not faults:
+            _draw(task.out, key, files, annotations)
+            num_drawn += 1
     if not checked.keys:
         checked.faults.append((task.name, "it holds no image and no JSON"))
     checked.ids = np.array(ids, np.int64)
     yield checked
+
+
+def _until_broken(task: Task, checked: Checked) -> Iterator[tuple[str, Mapping[str, bytes]]]:
+    """A task's samples; what ends them early is a fault, unlike what happens to a picture of them."""
+    try:
+        yield from _samples(task)
+    except OSError as error:
+        checked.faults.append((task.name, str(error)))
 
 
 def _samples(task: Task) -> Iterator[tuple[str, Mapping[str, bytes]]]:

@@ -1,6 +1,6 @@
 """`sam-convert data=NAME out=DIR`: any source to SA-1B shards, by several processes, going on after a kill.
 
-out/convert.json     what is being converted, and how; written first
+out/convert.json     what is being converted, and how; written when the data was found
 out/.parts/          finished shards, and what is known of each, until all are there
 out/train-000000.tar the shards, and val-000000.tar
 out/manifest.json    their counts and checksums; written last: it marks the conversion as finished
@@ -33,7 +33,7 @@ from sam_train.convert.unit import (
     finished_parts,
     part_path,
 )
-from sam_train.convert.units import count_units, tolerant
+from sam_train.convert.units import count_units, kept_share, tolerant
 from sam_train.data.datamodule import hold_out
 from sam_train.data.source import DamageTally, Source, UnusableSourceError
 from sam_train.ops.files import write_atomically
@@ -46,24 +46,44 @@ CONFIG, MANIFEST, PARTS, LOCK = "convert.json", "manifest.json", ".parts", ".loc
 
 @dataclass
 class _Tally:
-    """What was left out, and how many images were not."""
+    """What was left out, and how many images were not.
 
+    Attributes:
+        kept_share: of the images read for "train" that are its own; where that is less than 1, "val" is
+            read from the same files and meets the same damage.
+        damaged: how often each name came with each reason, by split.
+        keys: of the images, by split.
+    """
+
+    kept_share: float = 1
     num_images: int = 0
     num_small: int = 0
     num_empty: int = 0
-    damaged: list[tuple[str, str]] = field(default_factory=list)
+    damaged: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    keys: dict[str, set[str]] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
+        known = self.keys.setdefault(part.split, set())
+        _check_keys(Counter(part.keys) + Counter(known.intersection(part.keys)))
+        known.update(part.keys)
         self.num_images += len(part.keys)
         self.num_small += part.num_small
         self.num_empty += part.num_empty
-        self.damaged += [(name, reason) for name, reason in part.damaged]
+        found = [(name, reason) for name, reason in part.damaged]
+        self.damaged.setdefault(part.split, Counter()).update(found)
+
+    def all_damaged(self) -> list[tuple[str, str]]:
+        """Names and reasons, sorted; what two splits met in the same files counts once."""
+        total: Counter[tuple[str, str]] = Counter()
+        for counts in self.damaged.values():
+            total = total | counts if self.kept_share < 1 else total + counts
+        return sorted(total.elements())
 
     def left_out(self) -> dict[str, Any]:
         return {
             "small_masks": self.num_small,
             "images_without_masks": self.num_empty,
-            "damaged": [{"name": name, "reason": reason} for name, reason in sorted(self.damaged)],
+            "damaged": [{"name": name, "reason": reason} for name, reason in self.all_damaged()],
         }
 
 
@@ -84,7 +104,10 @@ class Conversion:
     settings: ShardSettings
     config: Mapping[str, Any]
     max_bad_fraction: float = 0.05
-    _progress: _Tally = field(default_factory=_Tally, init=False, repr=False)
+    _progress: _Tally = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_progress", _Tally(kept_share(self.splits["train"])))
 
     def run(self, num_workers: int) -> dict[str, Any]:
         """Converts what is missing, and returns the manifest.
@@ -92,40 +115,61 @@ class Conversion:
         Raises:
             ValueError: the folder holds something else, or too many images are damaged.
         """
-        if (finished := self._open_folder()) is not None:
-            return finished
-        with _locked(self.out / PARTS / LOCK):
-            for leftover in self.out.glob(f"{PARTS}/.*.unfinished"):
-                leftover.unlink()
-            units = self._units()
-            self._convert(units, num_workers)
-            manifest = self._put_in_place(units)
-        shutil.rmtree(self.out / PARTS)
-        return manifest
+        finished = self._look_at_folder()
+        if finished is None:
+            pieces = self._pieces()  # before anything is written: they may not be found
+            (self.out / PARTS).mkdir(parents=True, exist_ok=True)
+            with _locked(self.out / PARTS / LOCK):
+                finished = self._look_at_folder() or self._run_locked(pieces, num_workers)
+        shutil.rmtree(self.out / PARTS, ignore_errors=True)
+        return finished
 
-    def _open_folder(self) -> dict[str, Any] | None:
-        """Sees that the folder is this conversion's; returns the manifest if that is finished."""
-        path = self.out / CONFIG
-        config = json.loads(json.dumps(self.config, default=str))
+    def _run_locked(self, pieces: Mapping[str, int], num_workers: int) -> dict[str, Any]:
+        names = (f"{PARTS}/.*.unfinished", f"{PARTS}/.*.json.*", f".{CONFIG}.*", f".{MANIFEST}.*")
+        for leftover in (path for name in names for path in self.out.glob(name)):
+            leftover.unlink()
+        if not self._is_begun():
+            for part in self.out.glob(f"{PARTS}/*.json"):
+                part.unlink()
+        write_atomically(self.out / CONFIG, partial(_dump, self._plain_config()))
+        units = self._units(pieces)
+        self._convert(units, num_workers)
+        return self._put_in_place(units)
+
+    def _look_at_folder(self) -> dict[str, Any] | None:
+        """Sees that the folder is this conversion's or free; returns the manifest if that is finished.
+
+        What was begun with another configuration and has no shard yet is free: it was a mistake.
+        """
+        path, manifest = self.out / CONFIG, self.out / MANIFEST
         if not path.is_file():
-            if self.out.is_dir() and any(self.out.iterdir()):
+            if self.out.is_dir() and any(not p.name.startswith(".") for p in self.out.iterdir()):
                 raise ValueError(f"{self.out} holds files already; choose another out=DIR")
-            write_atomically(path, partial(_dump, config))
-        elif changes := differences(json.loads(path.read_text()), config):
+            return None
+        changes = differences(json.loads(path.read_text()), self._plain_config())
+        if changes and (self._is_begun() or manifest.is_file()):
             lines = "\n".join(f"  {line}" for line in changes[:20])
             raise ValueError(
                 f"{self.out} holds another conversion:\n{lines}\n"
                 "Choose another out=DIR, or delete the folder"
             )
-        manifest = self.out / MANIFEST
-        (self.out / PARTS).mkdir(exist_ok=True)
         return json.loads(manifest.read_text()) if manifest.is_file() else None
 
-    def _units(self) -> list[Unit]:
-        counts = {
+    def _plain_config(self) -> Any:
+        return json.loads(json.dumps(self.config, default=str))
+
+    def _is_begun(self) -> bool:
+        """Whether there is a finished shard."""
+        return any(any(self.out.glob(name)) for name in ("*.tar", f"{PARTS}/*.tar"))
+
+    def _pieces(self) -> dict[str, int]:
+        """In how many pieces each split is converted."""
+        return {
             split: count_units(source, self.settings.images_per_shard)
             for split, source in self.splits.items()
         }
+
+    def _units(self, counts: Mapping[str, int]) -> list[Unit]:
         # The data's own size is part of what is converted: with more files, units are others.
         path = self.out / PARTS / "units.json"
         if path.is_file() and (before := json.loads(path.read_text())) != counts:
@@ -154,13 +198,12 @@ class Conversion:
         )
         judge = _Judge(self.max_bad_fraction, self._progress)
         news: Iterator[Progress] = pool.run(job, missing, min(num_workers, len(missing)))
-        bar = tqdm(unit=" images", disable=not sys.stderr.isatty(), initial=judge.seen)
+        bar = tqdm(unit=" images", disable=not sys.stderr.isatty(), initial=judge.num_met)
         with bar:
             for progress in news:
                 bar.update(progress.num_images)
                 if progress.part is not None:
-                    self._progress.add(progress.part)
-                    judge.look_at(progress.part)
+                    judge.add(progress.part)
         judge.finish()
 
     def _put_in_place(self, units: Sequence[Unit]) -> dict[str, Any]:
@@ -245,28 +288,37 @@ def summary(manifest: Mapping[str, Any], out: Path) -> str:
 class _Judge:
     """Says what is damaged, and ends the conversion when it is too much."""
 
-    def __init__(self, max_bad_fraction: float, before: _Tally) -> None:
+    def __init__(self, max_bad_fraction: float, tally: _Tally) -> None:
         if not 0 <= max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction is in [0, 1], got {max_bad_fraction}")
         self.max_bad_fraction = max_bad_fraction
-        self.names = [name for name, _ in before.damaged]
-        self.seen = before.num_images + before.num_empty + len(before.damaged)
+        self.tally = tally
+        self.damaged = tally.all_damaged()
 
-    def look_at(self, part: Part) -> None:
-        self.seen += len(part.keys) + part.num_empty + len(part.damaged)
-        for name, reason in part.damaged:
-            log.warning("%s is damaged and left out: %s", name, reason)
-            self.names.append(name)
-        self._check(max(self.seen, DamageTally.GRACE))
+    @property
+    def num_met(self) -> int:
+        """Images that are in one of the splits, or damaged."""
+        return self.tally.num_images + self.tally.num_empty + len(self.damaged)
+
+    def add(self, part: Part) -> None:
+        before = Counter(self.damaged)
+        self.tally.add(part)
+        if part.damaged:
+            self.damaged = self.tally.all_damaged()
+            for name, reason in (Counter(self.damaged) - before).elements():
+                log.warning("%s is damaged and left out: %s", name, reason)
+        # Until "val" has been read, its images are not met, but what is damaged among them is.
+        self._check(max(self.num_met / self.tally.kept_share, DamageTally.GRACE))
 
     def finish(self) -> None:
-        self._check(self.seen)
+        self._check(self.num_met)
 
-    def _check(self, seen: int) -> None:
-        if len(self.names) > self.max_bad_fraction * seen:
-            shown = ", ".join(self.names[:5]) + (", ..." if len(self.names) > 5 else "")
+    def _check(self, num_met: float) -> None:
+        if len(self.damaged) > self.max_bad_fraction * num_met:
+            names = [name for name, _ in self.damaged]
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise UnusableSourceError(
-                f"{len(self.names)} of {self.seen} images are damaged ({shown}), more than "
+                f"{len(names)} of {self.num_met} images are damaged ({shown}), more than "
                 f"max_bad_fraction={self.max_bad_fraction} allows; each is named with its reason in the "
                 "log. Mend the data, or raise max_bad_fraction and start again: what is done is kept"
             )

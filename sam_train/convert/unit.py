@@ -44,6 +44,7 @@ class Part:
     """What is known of a finished shard of a unit, kept beside it; the shard itself is absent if empty.
 
     Attributes:
+        split: the unit's.
         cursor: where the unit's records go on.
         is_last: whether there are none after it.
         keys: of its images.
@@ -52,6 +53,7 @@ class Part:
         num_bytes, sha256: of the tar.
     """
 
+    split: str
     cursor: Any = ()
     is_last: bool = False
     keys: list[str] = field(default_factory=list)
@@ -128,8 +130,11 @@ class _Writing:
     number: int
     num_images: int
     num_masks: int
-    part: Part = field(default_factory=Part)
+    part: Part = field(init=False)
     tar: TarWriter | None = None
+
+    def __post_init__(self) -> None:
+        self.part = Part(split=self.unit.split)
 
     def add(self, record: ImageRecord) -> None:
         unit_number = self.unit.first_number + self.unit.number
@@ -166,7 +171,7 @@ class _Writing:
 
     def finish(self, cursor: Cursor, *, is_last: bool = False) -> Part:
         """Closes the shard, and only then writes what is known of it: that is what makes it count."""
-        part, self.part = self.part, Part()
+        part, self.part = self.part, Part(split=self.unit.split)
         part.cursor, part.is_last = cursor, is_last
         if self.tar is not None:
             part.num_bytes, part.sha256 = self.tar.finish()

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 from sam_train.data.indexed import IndexedSource
+from sam_train.data.listed import ListedSource
 from sam_train.data.mixture import MixtureSource
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.source import HeldOut, Source
@@ -20,9 +21,13 @@ def count_units(source: Source, images_per_shard: int) -> int:
     Raises:
         FileNotFoundError, ValueError: there is nothing to read.
     """
+    if isinstance(source, ListedSource):
+        return count_units(source.source, images_per_shard)
     if isinstance(source, HeldOut):
-        share = source.share if source.keep == "held_out" else 1 - source.share
-        return max(1, math.ceil(share * count_units(source.source, images_per_shard)))
+        whole = count_units(source.source, images_per_shard)
+        # With any other number of readers than that of the shards, each might read all of them.
+        share = 1 if _reads_shards(source.source) else kept_share(source)
+        return max(1, math.ceil(share * whole))
     if isinstance(source, IndexedSource):
         return max(1, math.ceil(len(source.items) / images_per_shard))
     if isinstance(source, ShardSource):
@@ -30,9 +35,29 @@ def count_units(source: Source, images_per_shard: int) -> int:
     return OF_OTHERS
 
 
+def _reads_shards(source: Source) -> bool:
+    if isinstance(source, HeldOut | ListedSource):
+        return _reads_shards(source.source)
+    return isinstance(source, ShardSource)
+
+
+def kept_share(source: Source) -> float:
+    """What share of the images that a source reads it gives out, as far as `HeldOut` decides on it.
+
+    Of a mixture it is that of the source with the least.
+    """
+    if isinstance(source, HeldOut):
+        return source.share if source.keep == "held_out" else 1 - source.share
+    if isinstance(source, ListedSource):
+        return kept_share(source.source)
+    if isinstance(source, MixtureSource):
+        return min(map(kept_share, source.sources.values()))
+    return 1
+
+
 def tolerant(source: Source) -> Source:
     """A source that leaves it to its user to judge how much damage is too much."""
-    if isinstance(source, HeldOut):
+    if isinstance(source, HeldOut | ListedSource):
         return replace(source, source=tolerant(source.source))
     if isinstance(source, MixtureSource):
         return replace(

@@ -80,11 +80,11 @@ class ListedSource:
 
 def _read_columns(path: Path, key_column: str, column: str) -> dict[str, str]:
     """Two columns of a CSV file, as a mapping."""
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file)
         names = rows.fieldnames or []
         if missing := [name for name in (key_column, column) if name not in names]:
             raise ValueError(
                 f"{path} has no column {' and no column '.join(missing)}; it has {', '.join(names)}"
             )
-        return {row[key_column]: row[column] for row in rows}
+        return {row[key_column] or "": row[column] or "" for row in rows}

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -53,6 +54,32 @@ def test_a_shard_that_breaks_off_or_differs_from_its_manifest_is_a_fault(shards,
     shards.write_bytes(shards.read_bytes()[:3000])
     with pytest.raises(ValueError, match="breaks off"):
         check(str(shards), tmp_path / "out", 0, 0)
+
+
+def test_shards_of_the_manifest_that_are_gone_and_other_totals_are_faults(shards, tmp_path):
+    entries = [
+        {"name": name, "sha256": hashlib.sha256(shards.read_bytes()).hexdigest()}
+        for name in (shards.name, "train-000001.tar")
+    ]
+    manifest = {"splits": {"train": {"shards": entries, "images": 4, "masks": 3}}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"1 faults(.|\n)*train-000001\.tar: .* it is absent"):
+        check(str(tmp_path), tmp_path / "out", 0, 0)
+    check(str(shards), tmp_path / "out", 0, 0)  # nobody asked for the other
+
+    del entries[1]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"1 faults(.|\n)*train: .* states 4 images, .* hold 3"):
+        check(str(tmp_path), tmp_path / "out", 0, 0)
+
+
+def test_a_picture_that_cannot_be_written_is_no_fault_of_the_shard(shards, tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("sam_train.convert.check.save_image", full)
+    with pytest.raises(OSError, match="no space left"):
+        check(str(shards), tmp_path / "out", 1, 0)
 
 
 def test_every_fault_of_a_sample_is_named(make):

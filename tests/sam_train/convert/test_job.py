@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_train.convert.job import MANIFEST, PARTS, conversion
+from sam_train.convert.job import MANIFEST, PARTS, _Judge, _Tally, conversion
 from sam_train.convert.sample import ShardSettings, safe_key
-from sam_train.convert.unit import convert_unit
+from sam_train.convert.unit import Part, convert_unit
 from sam_train.convert.units import tolerant
 from sam_train.data.folder import FolderItems
 from sam_train.data.indexed import IndexedSource
@@ -280,6 +281,33 @@ def test_another_conversion_in_the_same_folder_is_refused(convert, tmp_path):
         convert("full")
 
 
+def test_a_mistake_in_the_first_command_leaves_the_folder_free(convert, data, tmp_path):
+    items = FolderItems(images=str(tmp_path / "typo"), masks=str(data / "masks"), kind="index")
+    with pytest.raises(FileNotFoundError, match="typo"):
+        convert(train=IndexedSource(items=items))
+    assert not (tmp_path / "out").exists()
+
+    wrong = tmp_path / "wrong"
+    shutil.copytree(data, wrong)
+    for path in (wrong / "masks").iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(UnusableSourceError):
+        convert(train=source_of(wrong))
+    assert sum(split["images"] for split in convert()["splits"].values()) == COUNT
+
+
+def test_what_a_kill_leaves_behind_is_cleared(convert, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".convert.json.x7a").touch()
+    manifest = convert()
+    assert not list(out.glob(".*"))
+
+    (out / PARTS).mkdir()  # killed between the manifest and this folder's end
+    assert convert() == manifest
+    assert not (out / PARTS).exists()
+
+
 def test_damage_is_named_in_the_manifest_and_judged(convert, data, tmp_path, caplog):
     bad = tmp_path / "bad"
     for part in ("images", "masks"):
@@ -301,6 +329,38 @@ def test_damage_is_named_in_the_manifest_and_judged(convert, data, tmp_path, cap
     assert not (tmp_path / "strict" / MANIFEST).exists()
 
 
+def test_damage_met_for_both_splits_counts_once(convert, data, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data, bad)
+    for number in (4, 7):
+        (bad / "masks" / f"im.{number}.png").write_bytes(b"no image")
+
+    manifest = convert(train=source_of(bad), max_bad_fraction=2 / COUNT, val_share=0.4)
+
+    assert [entry["name"] for entry in manifest["damaged"]] == ["im.4", "im.7"]
+    with pytest.raises(UnusableSourceError, match=f"2 of {COUNT} "):
+        convert("strict", train=source_of(bad), max_bad_fraction=0.05, val_share=0.4)
+
+
+def test_damage_of_the_same_name_in_other_files_counts_twice():
+    part = {"damaged": [("im.4", "no image")]}
+    tally = _Tally()
+    for split in ("train", "train", "val"):
+        tally.add(Part(split=split, **part))
+    assert len(tally.all_damaged()) == 3
+    tally.kept_share = 0.9
+    assert len(tally.all_damaged()) == 2
+
+
+def test_a_share_still_unread_is_not_held_against_the_images_that_are_read():
+    tally = _Tally(kept_share=0.5)
+    judge = _Judge(0.05, tally)
+    damaged = [(f"im.{number}", "no image") for number in range(50)]
+    judge.add(Part(split="train", keys=list(map(str, range(475))), damaged=damaged))
+    judge.add(Part(split="val", keys=list(map(str, range(475))), damaged=damaged))
+    judge.finish()
+
+
 def test_names_that_come_twice_are_an_error_that_says_what_to_do(convert, make, tmp_path):
     for number in range(2):
         make.tar(tmp_path / f"{number}.tar", make.files(make.square("same")))
@@ -310,6 +370,14 @@ def test_names_that_come_twice_are_an_error_that_says_what_to_do(convert, make, 
     convert("numbered", train=source, val_share=0, keys="numbered")
     keys = [record.key for record in records(tmp_path / "numbered")]
     assert keys == ["train_000000_000000", "train_000001_000000"]
+
+
+def test_names_that_come_twice_are_found_before_all_is_converted(convert, make, tmp_path):
+    for number, key in enumerate(("same", "same", "other")):
+        make.tar(tmp_path / f"{number}.tar", make.files(make.square(key)))
+    with pytest.raises(ValueError, match="keys=numbered"):
+        convert(train=ShardSource(path=str(tmp_path / "?.tar")), val_share=0)
+    assert len(list((tmp_path / "out" / PARTS).glob("*.tar"))) == 2
 
 
 def test_images_left_without_masks_are_counted(convert, tmp_path):

@@ -76,6 +76,15 @@ def test_a_column_that_is_not_there_is_refused(table: str) -> None:
         ListedSource(source=Lettered(letters="a"), list=table, column="license", allowed=["free"])
 
 
+def test_a_byte_order_mark_and_a_short_row_are_understood(tmp_path: Path) -> None:
+    path = tmp_path / "excel.csv"
+    path.write_text("\ufeffkey,licence\na,free\nb\n", encoding="utf-8")
+    listed = {"source": Lettered(letters="ab"), "list": str(path), "column": "licence"}
+    assert keys(ListedSource(**listed, allowed=["free"])) == ["a"]
+    with pytest.raises(ValueError, match="no row of"):
+        ListedSource(**listed, allowed=["fre"])
+
+
 def test_the_open_recipe_reads_38_coco_images(shared_data: Path) -> None:
     cfg = config.compose("train", ["data=small_sets_open", f"paths.data={shared_data}"])
     source = config.instantiate(cfg.data.sets.coco_panoptic_open.train)

@@ -43,7 +43,8 @@ class BrokenTarError(OSError):
 def read_samples(url: str, is_wanted: Callable[[str], bool], start: int = 0) -> Iterator[TarSample]:
     """Reads the samples of a shard from byte `start` on; a local one is not read before it.
 
-    A key that comes again with a suffix that it had begins another sample.
+    A key that comes again with a suffix that it had begins another sample. Files whose names begin with
+    a dot are passed over.
 
     Args:
         url: a path, or what webdataset takes.
@@ -88,7 +89,9 @@ def _files(
             )
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile would keep all it has met
-                if member.offset >= start and member.isfile() and is_wanted(member.name.lower()):
+                if member.offset < start or not member.isfile() or _is_hidden(member.name):
+                    continue
+                if is_wanted(member.name.lower()):
                     yield member.offset, member.name, tar.extractfile(member).read(), tar.offset
         except (tarfile.TarError, EOFError) as error:
             where = f"it breaks off at byte {tar.offset}" if tar else "it is no tar file"
@@ -106,6 +109,11 @@ def local_path(url: str) -> str | None:
 def _open(url: str) -> IO[bytes]:
     path = local_path(url)
     return cast("IO[bytes]", gopen(url)) if path is None else open(path, "rb")
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether it begins with a dot, as what macOS puts between the files of a sample: `._a.jpg`."""
+    return os.path.basename(name).startswith(".")
 
 
 def _split(name: str) -> tuple[str, str]:

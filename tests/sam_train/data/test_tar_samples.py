@@ -56,6 +56,13 @@ def test_a_key_that_comes_twice_is_two_samples(tmp_path):
     assert [sample.key for sample in read(tmp_path / "a.tar")] == ["a", "a"]
 
 
+def test_what_macos_puts_beside_a_file_does_not_part_a_sample(tmp_path):
+    names = ("./._a.jpg", "./a.jpg", "./._a.json", "./a.json", "./x/._b.jpg", "./x/b.jpg")
+    (tmp_path / "a.tar").write_bytes(tar_of(*names))
+    found = [(sample.key, sorted(sample.files)) for sample in read(tmp_path / "a.tar")]
+    assert found == [("a", ["jpg", "json"]), ("x/b", ["jpg"])]
+
+
 BREAKS = {
     "within a file": lambda content: content[:2000],
     "between two files": lambda content: content[: 2 * 1536],

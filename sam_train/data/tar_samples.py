@@ -1,6 +1,7 @@
 """Samples of a tar file as they lie: files grouped by key, each with the place where the next begins.
 
-webdataset's own reader tells no places and takes a header that it cannot read for the end of the file.
+webdataset's own reader tells no places and takes a header that it cannot read, or one of zeros, for the
+end of the file. Of local files that are not compressed, what follows such an end is looked at too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from webdataset.gopen import gopen
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, xz and zstandard begin: these can only be read from their start."""
+
+MAX_END = 2**20
+"""Bytes of zeros that may end a tar; tar itself writes 1 to 10 KiB, more only if told to."""
 
 
 class TarSample(NamedTuple):
@@ -43,7 +47,8 @@ class BrokenTarError(OSError):
 def read_samples(url: str, is_wanted: Callable[[str], bool], start: int = 0) -> Iterator[TarSample]:
     """Reads the samples of a shard from byte `start` on; a local one is not read before it.
 
-    A key that comes again with a suffix that it had begins another sample.
+    A key that comes again with a suffix that it had begins another sample. Files whose names begin with
+    a dot are passed over.
 
     Args:
         url: a path, or what webdataset takes.
@@ -88,11 +93,33 @@ def _files(
             )
             while (member := tar.next()) is not None:
                 tar.members = []  # tarfile would keep all it has met
-                if member.offset >= start and member.isfile() and is_wanted(member.name.lower()):
+                if member.offset < start or not member.isfile() or _is_hidden(member.name):
+                    continue
+                if is_wanted(member.name.lower()):
                     yield member.offset, member.name, tar.extractfile(member).read(), tar.offset
+            if seeks:
+                _check_end(stream, tar.offset)
         except (tarfile.TarError, EOFError) as error:
             where = f"it breaks off at byte {tar.offset}" if tar else "it is no tar file"
             raise BrokenTarError(f"{where}: {error}") from None
+
+
+def _check_end(stream: IO[bytes], start: int) -> None:
+    """Raises where what follows a tar's last file is no end: a header of zeros may be a hole in the file."""
+    stream.seek(start)
+    place = start
+    while block := stream.read(MAX_END):
+        if len(behind := block.lstrip(b"\0")):
+            raise BrokenTarError(
+                f"it breaks off at byte {start}: expected a file or the end, got zeros, "
+                f"and data again from byte {place + len(block) - len(behind)} on"
+            )
+        place += len(block)
+    if place - start > MAX_END:
+        raise BrokenTarError(
+            f"it breaks off at byte {start}: it ends in {place - start} bytes of zeros: "
+            "an unfinished download?"
+        )
 
 
 def local_path(url: str) -> str | None:
@@ -106,6 +133,11 @@ def local_path(url: str) -> str | None:
 def _open(url: str) -> IO[bytes]:
     path = local_path(url)
     return cast("IO[bytes]", gopen(url)) if path is None else open(path, "rb")
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether it begins with a dot, as what macOS puts between the files of a sample: `._a.jpg`."""
+    return os.path.basename(name).startswith(".")
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -56,6 +56,13 @@ def test_a_key_that_comes_twice_is_two_samples(tmp_path):
     assert [sample.key for sample in read(tmp_path / "a.tar")] == ["a", "a"]
 
 
+def test_what_macos_puts_beside_a_file_does_not_part_a_sample(tmp_path):
+    names = ("./._a.jpg", "./a.jpg", "./._a.json", "./a.json", "./x/._b.jpg", "./x/b.jpg")
+    (tmp_path / "a.tar").write_bytes(tar_of(*names))
+    found = [(sample.key, sorted(sample.files)) for sample in read(tmp_path / "a.tar")]
+    assert found == [("a", ["jpg", "json"]), ("x/b", ["jpg"])]
+
+
 BREAKS = {
     "within a file": lambda content: content[:2000],
     "between two files": lambda content: content[: 2 * 1536],
@@ -77,3 +84,26 @@ def test_a_tar_that_is_not_whole_says_so_after_what_is_whole(tmp_path, how, pack
             found.append(sample.key)  # what came before the error counts
     assert found in ([], ["a"])
     assert found or how not in ("between two files", "within a header", "a header overwritten")
+
+
+@pytest.mark.parametrize("num_zeros", [512, 3 * 1536])
+def test_a_hole_of_zeros_is_no_end(tmp_path, num_zeros):
+    content = tar_of("a.jpg", "a.json", *(f"b{i}.jpg" for i in range(9)))
+    content = content[:3072] + b"\0" * num_zeros + content[3072 + num_zeros :]
+    (tmp_path / "a.tar").write_bytes(content)
+    found = []
+    with pytest.raises(BrokenTarError, match=r"breaks off at byte 3072: .* again from byte \d+ on"):
+        for sample in read_samples(str(tmp_path / "a.tar"), lambda name: True):
+            found.append(sample.key)
+    assert found == ["a"]
+    with pytest.raises(BrokenTarError, match="at byte 3072"):
+        read(tmp_path / "a.tar", 3072)
+
+
+def test_a_tar_that_goes_on_in_zeros_is_an_unfinished_download(tmp_path):
+    content = tar_of("a.jpg", "a.json")
+    (tmp_path / "a.tar").write_bytes(content + bytes(2**20 - len(content)))
+    assert len(read(tmp_path / "a.tar")) == 1
+    (tmp_path / "a.tar").write_bytes(content + bytes(3 * 2**20))
+    with pytest.raises(BrokenTarError, match=r"ends in \d{7} bytes of zeros: an unfinished"):
+        read(tmp_path / "a.tar")

@@ -33,7 +33,7 @@ from sam_train.convert.unit import (
     finished_parts,
     part_path,
 )
-from sam_train.convert.units import count_units, kept_share, tolerant
+from sam_train.convert.units import count_units, fingerprint, kept_share, tolerant
 from sam_train.data.datamodule import hold_out
 from sam_train.data.source import DamageTally, Source, UnusableSourceError
 from sam_train.ops.files import write_atomically
@@ -170,14 +170,18 @@ class Conversion:
         }
 
     def _units(self, counts: Mapping[str, int]) -> list[Unit]:
-        # The data's own size is part of what is converted: with more files, units are others.
+        # The data itself is part of what is converted: with other files, units are others.
         path = self.out / PARTS / "units.json"
-        if path.is_file() and (before := json.loads(path.read_text())) != counts:
+        data = {
+            split: {"pieces": counts[split], "files": fingerprint(source)}
+            for split, source in self.splits.items()
+        }
+        if path.is_file() and json.loads(path.read_text()) != data:
             raise ValueError(
-                f"the data has changed since this conversion was begun: {before} pieces then, "
-                f"{counts} now; choose another out=DIR, or delete {self.out}"
+                "the data has changed since this conversion was begun: it has other files, or more or "
+                f"fewer; choose another out=DIR, or delete {self.out}"
             )
-        write_atomically(path, partial(_dump, counts))
+        write_atomically(path, partial(_dump, data))
         units, first = [], 0
         for split, count in counts.items():
             units += [Unit(split, number, count, first) for number in range(count)]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+from collections.abc import Iterator
 from dataclasses import replace
 
+from sam_train.data.coco import CocoItems, PanopticItems
 from sam_train.data.indexed import IndexedSource
 from sam_train.data.listed import ListedSource
 from sam_train.data.mixture import MixtureSource
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.source import HeldOut, Source
+from sam_train.data.tar_samples import local_path
 
 OF_OTHERS = 8
 """Units of a source that does not say how large it is."""
@@ -66,3 +71,34 @@ def tolerant(source: Source) -> Source:
     if isinstance(source, IndexedSource | ShardSource):
         return replace(source, max_bad_fraction=1.0)
     return source
+
+
+def fingerprint(source: Source) -> str:
+    """Tells a source's files from others: by names, and sizes of shards, or by the stamp of a COCO file.
+
+    Raises:
+        FileNotFoundError, ValueError: there is nothing to read.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for text in _facts(source):
+        digest.update(f"{text}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _facts(source: Source) -> Iterator[str]:
+    if isinstance(source, HeldOut | ListedSource):
+        yield from _facts(source.source)
+    elif isinstance(source, MixtureSource):
+        for name, one in source.sources.items():
+            yield name
+            yield from _facts(one)
+    elif isinstance(source, ShardSource):
+        for shard in source.shards():
+            path = local_path(shard)
+            yield shard if path is None else f"{shard} {os.path.getsize(path)}"
+    elif isinstance(source, IndexedSource):
+        items = source.items
+        if isinstance(items, CocoItems | PanopticItems):
+            yield f"{len(items)} {items.index.stamp}"
+        else:
+            yield from map(items.describe, range(len(items)))

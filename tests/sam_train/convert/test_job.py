@@ -380,6 +380,18 @@ def test_names_that_come_twice_are_found_before_all_is_converted(convert, make, 
     assert len(list((tmp_path / "out" / PARTS).glob("*.tar"))) == 2
 
 
+def test_data_that_changed_since_is_refused(convert, make, tmp_path):
+    for number, key in enumerate(("same", "same")):
+        make.tar(tmp_path / f"{number}.tar", make.files(make.square(key)))
+    source = ShardSource(path=str(tmp_path / "?.tar"))
+    with pytest.raises(ValueError, match="keys=numbered"):
+        convert(train=source, val_share=0)
+    content = [make.files(make.square(f"b{number}")) for number in range(20)]
+    make.tar(tmp_path / "1.tar", {k: v for one in content for k, v in one.items()})
+    with pytest.raises(ValueError, match="the data has changed"):
+        convert(train=source, val_share=0)
+
+
 def test_images_left_without_masks_are_counted(convert, tmp_path):
     with pytest.raises(ValueError, match="no image with a mask"):
         convert(min_area=1000)

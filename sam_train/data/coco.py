@@ -131,6 +131,8 @@ def _find_image(folder: str, image: Mapping[str, Any]) -> Path:
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError("its JSON has no `file_name`")
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"its file_name {name} leads out of the folder of images")
     for path in (Path(folder) / name, Path(folder) / Path(name).name):
         if path.is_file():
             return path

@@ -52,6 +52,10 @@ class Pairs(NamedTuple):
     bounds: np.ndarray
 
 
+JPEG_BLACK = 0.1
+"""How white a black mask's pixels may be once a JPEG of low quality has held them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class FolderItems:
     """Images with masks beside them, as `Items`. Which masks are an image's: see `match_masks`.
@@ -86,8 +90,14 @@ class FolderItems:
         """Looks for the files; what stays alone is named in the log."""
         images, masks = _files(self.images, "images"), _files(self.masks, "masks")
         # In one folder for both, as in `*/`, a mask is no image.
-        images = [path for path in images if path not in set(masks)] or images
-        found = match_masks(images, masks)
+        taken = set(masks)
+        images = [path for path in images if path not in taken]
+        if not images:
+            raise ValueError(
+                f"images and masks are the same files, of {self.images}: tell them apart, as by "
+                f"data.images='{self.images}/*.jpg' data.masks='{self.masks}/*_mask.png'"
+            )
+        found = match_masks(images, masks, files_below(self.masks, SUFFIXES)[0])
         _report("image", "a mask", [image for image, own in found.owned.items() if not own])
         _report("mask", "an image", found.alone)
         owned = {image: own for image, own in found.owned.items() if own}
@@ -143,7 +153,18 @@ class FolderItems:
             return annotations_of(labels, background=background, components=self.components)
         image = read_mask_file(path)
         check_size(path, image, size)
-        mask = whiteness(image) > self.threshold
+        white = whiteness(image)
+        mask = white > self.threshold
+        if not mask.any() and white.any():
+            # Some number their files, or write a class, where others write white. What a JPEG leaves of
+            # black is darker than that, and of several values.
+            several = len(np.unique(white[white > 0])) > 1
+            if several and white.max() > JPEG_BLACK:
+                raise ValueError(
+                    f"no pixel of {path.name} exceeds threshold={self.threshold} of full white, and it "
+                    "holds several darker values: kind=index, or a lower threshold"
+                )
+            mask = (white > 0) & (not several)
         return annotations_of(mask.astype(np.uint8), components=self.components)
 
 

@@ -20,13 +20,13 @@ class Match(NamedTuple):
     alone: Sequence[str]
 
 
-def match_masks(images: Sequence[str], masks: Sequence[str]) -> Match:
+def match_masks(images: Sequence[str], masks: Sequence[str], root: str) -> Match:
     """Matches paths by name, wherever they lie.
 
     A mask belongs to the image whose stem is its own; else to that whose stem is the name of a folder it
-    lies in, the nearest first; else to that with the longest stem which its own begins with, if what
-    follows is neither a letter nor a digit. Of several images of that stem, it is the one that shares most
-    folder names with the mask.
+    lies in below `root`, the folder of all masks, the nearest first; else to that with the longest stem
+    which its own begins with, if what follows is neither a letter nor a digit. Of several images of that
+    stem, it is the one that shares most folder names with the mask.
     """
     by_stem: dict[str, list[str]] = defaultdict(list)
     for image in images:
@@ -34,7 +34,7 @@ def match_masks(images: Sequence[str], masks: Sequence[str]) -> Match:
     owned: dict[str, list[str]] = {image: [] for image in images}
     alone = []
     for mask in masks:
-        named = next((name for name in _names(Path(mask)) if name in by_stem), None)
+        named = next((name for name in _names(Path(mask), root) if name in by_stem), None)
         owner = None if named is None else _nearest(Path(mask), by_stem[named])
         if owner is None:
             alone.append(mask)
@@ -43,11 +43,11 @@ def match_masks(images: Sequence[str], masks: Sequence[str]) -> Match:
     return Match(owned, alone)
 
 
-def _names(mask: Path) -> Iterator[str]:
+def _names(mask: Path, root: str) -> Iterator[str]:
     """The stems that an image of this mask may have, the likeliest first."""
     stem = mask.stem
     yield stem
-    yield from reversed(mask.parent.parts)
+    yield from reversed(mask.parent.relative_to(root).parts)
     yield from (stem[:end] for end in range(len(stem) - 1, 0, -1) if not stem[end].isalnum())
 
 

@@ -156,6 +156,17 @@ def test_what_stays_alone_is_named_and_counted(folder, tmp_path, caplog):
     assert "1 mask is left out for want of an image:" in caplog.text and "stray.png" in caplog.text
 
 
+def test_a_folder_above_the_masks_is_not_their_image(tmp_path):
+    for name in ("001", "002"):
+        save(tmp_path / "001" / "images" / f"{name}.jpg", np.full((*SIZE, 3), 80, np.uint8))
+        save(tmp_path / "001" / "masks" / f"{name}_1.png", 255 * labels(1))
+        save(tmp_path / "001" / "masks" / f"{name}_2.png", 255 * labels(0, 1))
+    items = FolderItems(
+        images=str(tmp_path / "001" / "images"), masks=str(tmp_path / "001" / "masks")
+    )
+    assert [len(masks_of(items, index)) for index in range(len(items))] == [2, 2]
+
+
 def test_one_folder_may_hold_both_by_globs(tmp_path):
     for name in ("x", "y"):
         save(tmp_path / name / "images" / f"{name}.png", np.full((*SIZE, 3), 80, np.uint8))
@@ -215,6 +226,28 @@ def test_mistakes_are_named(folder, tmp_path):
     ],
 )
 def test_a_mask_belongs_to_the_image_of_its_name(images, mask, owner):
-    found = match_masks(images, [mask])
+    found = match_masks(images, [mask], ".")
     assert [image for image, own in found.owned.items() if own] == ([owner] if owner else [])
     assert list(found.alone) == ([] if owner else [mask])
+
+
+def test_a_mask_file_of_one_dark_value_is_an_object_and_of_several_is_damage(tmp_path):
+    save(tmp_path / "images" / "a.jpg", np.full((*SIZE, 3), 80, np.uint8))
+    save(tmp_path / "masks" / "a" / "1.png", (38 * (labels(1) > 0)).astype(np.uint8))
+    items = FolderItems(
+        images=str(tmp_path / "images"), masks=str(tmp_path / "masks"), kind="objects"
+    )
+    assert len(masks_of(items, 0)) == 1
+
+    two = (38 * (labels(1) > 0)).astype(np.uint8)
+    two[-1, -1] = 60
+    save(tmp_path / "masks" / "a" / "1.png", two)
+    with pytest.raises(ValueError, match=r"1\.png exceeds threshold=0\.5"):
+        items.record(0)
+
+
+def test_photographs_are_not_taken_for_their_own_masks(tmp_path):
+    save(tmp_path / "a.jpg", np.full((*SIZE, 3), 80, np.uint8))
+    items = FolderItems(images=str(tmp_path), masks=str(tmp_path))
+    with pytest.raises(ValueError, match=r"same files.*\*_mask\.png"):
+        len(items)

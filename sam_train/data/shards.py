@@ -149,6 +149,8 @@ def quiet_pillow() -> Iterator[None]:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode == "RGB":
+        return np.asarray(image)
     if not image.mode.startswith(("I", "F")):
         return np.asarray(image.convert("RGB"))
     pixels = np.asarray(image).astype(np.float64)
@@ -248,10 +250,16 @@ def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotati
             stability_score=_optional_float(entry.get("stability_score")),
             point_coords=_points(entry.get("point_coords")),
             crop_box=None if entry.get("crop_box") is None else _numbers(entry["crop_box"], 4),
-            extra={name: value for name, value in entry.items() if name not in FIELDS},
+            extra=_others(entry),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"annotation {index} is unusable: {error}") from None
+
+
+def _others(entry: dict[str, Any]) -> dict[str, Any]:
+    if FIELDS.issuperset(entry):
+        return {}
+    return {name: value for name, value in entry.items() if name not in FIELDS}
 
 
 def _entry(annotation: Annotation) -> dict[str, Any]:
@@ -273,7 +281,14 @@ def _entry(annotation: Annotation) -> dict[str, Any]:
 def _box(values: Any, size: tuple[int, int]) -> tuple[Any, ...]:
     x, y, width, height = box = _numbers(values, 4)
     # A pixel of grace: some writers count edges, others pixels.
-    if min(box) < 0 or x + width > size[1] + 1 or y + height > size[0] + 1:
+    if (
+        x < 0
+        or y < 0
+        or width < 0
+        or height < 0
+        or x + width > size[1] + 1
+        or y + height > size[0] + 1
+    ):
         raise ValueError(f"its bbox {values} lies outside the image of {size[0]} x {size[1]}")
     return box
 
@@ -288,7 +303,10 @@ def _area(value: Any) -> float:
 def _numbers(values: Any, count: int) -> tuple[Any, ...]:
     if not isinstance(values, list | tuple) or len(values) != count:
         raise ValueError(f"expected {count} numbers, got {values!r}")
-    return tuple(map(_number, values))
+    numbers = tuple(map(float, values))
+    if not math.isfinite(sum(numbers)):  # asked of all at once, then of each
+        numbers = tuple(map(_number, numbers))
+    return numbers
 
 
 def _number(value: Any) -> float:

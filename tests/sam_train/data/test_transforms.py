@@ -88,12 +88,12 @@ def test_an_object_thinner_than_a_cell_does_not_vanish(make):
 def test_only_drawn_masks_are_decoded_and_each_once(make, monkeypatch):
     decoded = []
 
-    class Counting(transforms.Runs):
-        def __init__(self, rle):
-            decoded.append(rle["counts"])
-            super().__init__(rle)
+    class Counting(transforms.ManyRuns):
+        def __init__(self, rles):
+            decoded.extend(rle["counts"] for rle in rles)
+            super().__init__(rles)
 
-    monkeypatch.setattr(transforms, "Runs", Counting)
+    monkeypatch.setattr(transforms, "ManyRuns", Counting)
     boxes = itertools.product(range(0, 60, 6), range(0, 60, 6))
     record = make.record("a", np.stack([rectangle((64, 64), x, y, x + 4, y + 4) for x, y in boxes]))
     for seed in range(5):

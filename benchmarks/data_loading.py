@@ -221,7 +221,7 @@ def decoding(paths: list[str], arguments: argparse.Namespace) -> str:
                 pixels, got = decode_reduced(sample.files["jpg"], size, shrink)
                 resized_to = tuple(max(1, round(n * side / max(size))) for n in reversed(size))
                 box = (0, 0, size[1] / got, size[0] / got)
-                resized = Image.fromarray(pixels).resize(resized_to, Image.Resampling.BILINEAR, box)
+                resized = pixels.resize(resized_to, Image.Resampling.BILINEAR, box)
                 results.append(np.asarray(resized).astype(int))
                 seconds.append(time.process_time() - start)
             if not results:

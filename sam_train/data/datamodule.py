@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sam_train.data.collate import collate, pack
+from sam_train.data.collate import Parcel, collate, pack
 from sam_train.data.mixture import BySource, MixtureSource, named, parts_of
 from sam_train.data.source import (
     DamagedSampleError,
@@ -100,7 +100,8 @@ class TrainStream(IterableDataset):
             samples(), batch_size=self.batch_size, max_masks=self.max_masks_per_batch
         ):
             position = [positions.popleft() for _ in group][-1]
-            yield Delivery(collate(group, self.transform.img_size), local, position)
+            batch = collate(group, self.transform.img_size)
+            yield Delivery(Parcel.of(batch), local, position)
 
     def _samples(self, local: int, num_workers: int) -> Iterator[tuple[Position, ImageSample]]:
         start = self.starts[local] if self.starts else Position()
@@ -133,7 +134,7 @@ class TrainStream(IterableDataset):
 class Delivery(NamedTuple):
     """A batch, the reader of this process that made it, and how far it then was."""
 
-    batch: ImageBatch
+    parcel: Parcel
     reader: int
     position: Position
 
@@ -150,7 +151,7 @@ class TrainLoader:
             if isinstance(delivery, UnusableSourceError):
                 raise delivery
             self.delivered.append((delivery.reader, delivery.position))
-            yield delivery.batch
+            yield delivery.parcel.unpacked()
 
 
 class SamDataModule(lightning.LightningDataModule):

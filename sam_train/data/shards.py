@@ -79,7 +79,7 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
             decode_annotation(index, entry, size) for index, entry in enumerate(entries)
         ),
         load=partial(decode_image, files[suffix], size),
-        load_reduced=None if suffix == "png" else partial(decode_reduced, files[suffix], size),
+        load_reduced=partial(decode_reduced, files[suffix], size),
         source=source,
         read_file=partial(_itself, files[suffix]),
     )
@@ -94,11 +94,11 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: says what is wrong with the image; one of another size is not decoded at all.
     """
-    return decode_reduced(data, size, 1)[0]
+    return np.asarray(decode_reduced(data, size, 1)[0])
 
 
-def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[np.ndarray, int]:
-    """The same at a half, a quarter or an eighth of the size, where the file is a JPEG.
+def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[Image.Image, int]:
+    """The same as a picture of Pillow's, at a half, a quarter or an eighth of the size, where the file is a JPEG.
 
     The finer waves of each block are left out; no full picture is made.
 
@@ -108,7 +108,7 @@ def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[np.
         shrink: 1, 2, 4 or 8, as for `ImageRecord.load_reduced`.
 
     Returns:
-        (H / n, W / n, 3) uint8 RGB, rounded up, and n: `shrink`, or 1 for what is no JPEG.
+        H / n x W / n RGB pixels, rounded up, and n: `shrink`, or 1 for what is no JPEG.
 
     Raises:
         ValueError: says what is wrong with the image.
@@ -148,17 +148,18 @@ def quiet_pillow() -> Iterator[None]:
         yield
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
-        return np.asarray(image)
+        image.load()
+        return image
     if not image.mode.startswith(("I", "F")):
-        return np.asarray(image.convert("RGB"))
+        return image.convert("RGB")
     pixels = np.asarray(image).astype(np.float64)
     if not np.isfinite(pixels).all():
         raise ValueError("it holds pixels that are no numbers")
     low, high = pixels.min(), pixels.max()
     grey = np.rint((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _itself(data: bytes) -> bytes:

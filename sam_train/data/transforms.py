@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -175,7 +176,9 @@ class ToSample:
         window = np.ascontiguousarray(resize_window(record, view))
         if self.colour is not None:
             window = self.colour(window, rng)
-        return torch.from_numpy(np.stack(cv2.split(window)))  # seven times as fast as a transposed copy
+        return torch.from_numpy(
+            np.stack(cv2.split(window))
+        )  # seven times as fast as a transposed copy
 
 
 def _shrink(view: View) -> int:
@@ -191,15 +194,19 @@ def resize_window(record: ImageRecord, view: View) -> np.ndarray:
     height, width = view.resized
     image, reduced = record.reduced_image(_shrink(view))
     x0, y0, x1, y1 = (side / reduced for side in view.window)
-    if reduced == 1 and (y1 - y0, x1 - x0) == view.resized:
-        return view.orient(image[int(y0) : int(y1), int(x0) : int(x1)])
-    # Bilinear with antialiasing, as segment_anything's ResizeLongestSide. Rows and columns far
-    # outside of the window are not copied.
-    left, top = int(x0), int(y0)
-    near = image[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
-    box = (x0 - left, y0 - top, x1 - left, y1 - top)
-    resized = Image.fromarray(near).resize((width, height), Image.Resampling.BILINEAR, box)
-    return view.orient(np.asarray(resized))
+    # Rows and columns outside of the window are not looked at, however the image comes.
+    left, top, right, bottom = int(x0), int(y0), math.ceil(x1), math.ceil(y1)
+    if isinstance(image, np.ndarray):
+        near = Image.fromarray(image[top:bottom, left:right])
+    elif (left, top, right, bottom) == (0, 0, *image.size):
+        near = image
+    else:
+        near = image.crop((left, top, right, bottom))
+    if reduced > 1 or near.size != (width, height):
+        # Bilinear with antialiasing, as segment_anything's ResizeLongestSide.
+        box = (x0 - left, y0 - top, x1 - left, y1 - top)
+        near = near.resize((width, height), Image.Resampling.BILINEAR, box)
+    return view.orient(np.asarray(near))
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sam_train.data.json_lists import Element, elements
+from sam_train.data.source import UnusableSourceError
 
 log = logging.getLogger(__name__)
 
@@ -49,28 +51,44 @@ class CocoIndex:
         return len(self.images)
 
     def key(self, index: int) -> str:
-        """An image's name, of its own within the file."""
-        with open(self.path, "rb") as file:
-            return self._key(index, _parse(file.fileno(), self.images[index]))
+        """An image's name, of its own within the file.
+
+        Raises:
+            UnusableSourceError: the file has changed.
+        """
+        return self._key(index, *self._entries(self.images[index : index + 1]))
 
     def read(self, index: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
         """An image's key, its entry and those of its annotations.
 
         Raises:
-            ValueError: the file has changed, or another image has the same id.
+            UnusableSourceError: the file has changed.
+            ValueError: another image has the same id.
         """
-        with open(self.path, "rb") as file:
-            if _stamp(file.fileno()) != self.stamp:
-                raise ValueError(f"{self.path} has changed since it was first read; start again")
-            image = _parse(file.fileno(), self.images[index])
-            if self.shared_ids[index]:
-                raise ValueError(
-                    f"its id {image.get('id')} is that of another image too, so nothing says whose "
-                    "the annotations are"
-                )
-            start, end = self.bounds[index : index + 2]
-            entries = [_parse(file.fileno(), place) for place in self.annotations[start:end]]
+        start, end = self.bounds[index : index + 2]
+        places = np.concatenate([self.images[index : index + 1], self.annotations[start:end]])
+        image, *entries = self._entries(places)
+        if self.shared_ids[index]:
+            raise ValueError(
+                f"its id {image.get('id')} is that of another image too, so nothing says whose "
+                "the annotations are"
+            )
         return self._key(index, image), image, entries
+
+    def _entries(self, places: np.ndarray) -> list[dict[str, Any]]:
+        stamp: tuple[int, int] | None = None
+        texts: list[bytes] = []
+        with suppress(FileNotFoundError), open(self.path, "rb") as file:
+            texts = [os.pread(file.fileno(), length, start) for start, length in places.tolist()]
+            stamp = _stamp(file.fileno())  # afterwards: it may change while it is read
+        if stamp != self.stamp:
+            change = "is gone" if stamp is None else "has changed"
+            raise UnusableSourceError(
+                f"{self.path} {change} since it was indexed at the start, so the places of its entries "
+                "are no longer known. Put back the file as it was, or start the command again, which "
+                "indexes it anew; write other annotations under another name"
+            )
+        return [json.loads(text) for text in texts]
 
     def _key(self, index: int, image: Mapping[str, Any]) -> str:
         return _names(image.get("file_name"), image.get("id"))[self.key_kinds[index]]
@@ -241,12 +259,6 @@ def _slice(data: bytes, place: tuple[int, int]) -> bytes:
 
 def _utf8(element: Element, data: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = json.loads(_slice(data, (element.start, element.length)))
-    return entry
-
-
-def _parse(descriptor: int, place: np.ndarray) -> dict[str, Any]:
-    start, length = place.tolist()
-    entry: dict[str, Any] = json.loads(os.pread(descriptor, length, start))
     return entry
 
 

@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 from sam_train.data.coco import CocoItems, PanopticItems
 from sam_train.data.indexed import IndexedSource
 from sam_train.data.json_lists import elements
+from sam_train.data.source import UnusableSourceError
 from sam_train.ops import rle
 
 HEIGHT, WIDTH = 40, 60
@@ -199,12 +200,20 @@ def test_missing_paths_are_named(tmp_path, write):
         len(CocoItems(images=items.images, annotations=str(tmp_path / "gone.json")))
 
 
-def test_a_file_that_changes_is_noticed(write, tmp_path):
-    items = write()
-    assert len(items) == 1
-    (tmp_path / "coco.json").write_text("{} ")
-    with pytest.raises(ValueError, match="has changed"):
-        items.record(0)
+@pytest.mark.parametrize("text", ["{} ", "", '{"images": [0, ' + " " * 900 + "\xff", None])
+@pytest.mark.parametrize("max_bad_fraction", [0, 1])
+def test_a_file_that_changes_while_it_is_read_is_one_error(write, tmp_path, text, max_bad_fraction):
+    items = write(
+        images=[image(7, "a.jpg"), image(8, "b.jpg")],
+        annotations=[one(), one(image_id=8, number=2)],
+    )
+    source = IndexedSource(items=items, max_bad_fraction=max_bad_fraction)
+    records = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
+    assert next(records).key == "a"
+    path = tmp_path / "coco.json"
+    path.unlink() if text is None else path.write_text(text, "latin-1")
+    with pytest.raises(UnusableSourceError, match=r"coco\.json (has changed|is gone) since.*again"):
+        next(records)
 
 
 def test_a_reader_process_is_sent_places_and_no_annotations(write):

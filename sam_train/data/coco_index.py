@@ -34,6 +34,8 @@ class CocoIndex:
         annotations: (M, 2) likewise, image by image.
         bounds: (N + 1,) which of `annotations` are an image's.
         key_kinds: (N,) what each image's key is made of.
+        namesakes: (N, 2) as `images`, of an image whose `file_name` is the same but for its folders; of
+            length 0 where there is none.
         shared_ids: (N,) bool, whether another image of another file has the same id.
         categories: names by id.
     """
@@ -44,19 +46,30 @@ class CocoIndex:
     annotations: np.ndarray
     bounds: np.ndarray
     key_kinds: np.ndarray
+    namesakes: np.ndarray
     shared_ids: np.ndarray
     categories: Mapping[Any, str]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def key(self, index: int) -> str:
-        """An image's name, of its own within the file.
+    def image(self, index: int) -> dict[str, Any]:
+        """An image's entry.
 
         Raises:
             UnusableSourceError: the file has changed.
         """
-        return self._key(index, *self._entries(self.images[index : index + 1]))
+        return self._entries(self.images[index : index + 1])[0]
+
+    def key(self, index: int) -> str:
+        """An image's name, of its own within the file; raises as `image` does."""
+        return self._key(index, self.image(index))
+
+    def namesake(self, index: int) -> str | None:
+        """The `file_name` of another image of the same bare name; raises as `image` does."""
+        if not self.namesakes[index, 1]:
+            return None
+        return str(self._entries(self.namesakes[index : index + 1])[0]["file_name"])
 
     def read(self, index: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
         """An image's key, its entry and those of its annotations.
@@ -227,6 +240,7 @@ class _Found:
             annotations=np.array(self.annotations, np.int64)[order],
             bounds=np.concatenate([[0], np.cumsum(counts[kept])]),
             key_kinds=self._key_kinds(kept),
+            namesakes=self._namesakes(kept),
             shared_ids=np.isin(kept, list(shared)),
             categories=self.categories,
         )
@@ -241,6 +255,22 @@ class _Found:
             ],
             np.int8,
         )
+
+    def _namesakes(self, kept: np.ndarray) -> np.ndarray:
+        numbers: dict[
+            str, list[int]
+        ] = {}  # of each bare name up to two images, of other full names
+        for number, name in enumerate(self.file_names):
+            of_name = numbers.setdefault(PurePosixPath(str(name)).name, [])
+            if len(of_name) < 2 and all(name != self.file_names[other] for other in of_name):
+                of_name.append(number)
+        found = np.zeros((len(kept), 2), np.int64)
+        for place, number in enumerate(kept.tolist()):
+            name = self.file_names[number]
+            for other in numbers[PurePosixPath(str(name)).name]:
+                if self.file_names[other] != name:
+                    found[place] = self.images[other]
+        return found
 
     def _report(self, path: str) -> None:
         for reason, count in self.left_out.items():

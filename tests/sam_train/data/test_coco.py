@@ -176,6 +176,59 @@ def test_sizes_may_be_absent_and_images_lie_deeper_or_not(write):
         items.record(1)
 
 
+def put(folder, *names, size=(HEIGHT, WIDTH)):
+    for name in names:
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / "images" / name)
+
+
+@pytest.mark.parametrize(
+    ("stated", "file"),
+    [("train2017/1.jpg", "1.jpg"), ("1.jpg", "train/x/1.jpg"), ("a/1.jpg", "b/1.jpg")],
+)
+def test_an_image_elsewhere_is_found_by_its_bare_name_and_that_is_said(
+    write, tmp_path, caplog, stated, file
+):
+    items = write(images=[image(7, stated)], annotations=[one()])
+    (tmp_path / "images" / stated).unlink(missing_ok=True)
+    put(tmp_path, file, "other.jpg")
+    assert items.record(0).read_file() == (tmp_path / "images" / file).read_bytes()
+    assert caplog.text.count("bare names") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "said"),
+    [
+        (["train/1.jpg"], ["a/1.jpg", "b/1.jpg"], "no image train/1.jpg .* be a/1.jpg or b/1.jpg"),
+        (["train/1.jpg", "val/1.jpg"], ["1.jpg"], "no image train/1.jpg .* 1.jpg .* val/1.jpg"),
+        (["val/1.jpg", "train/1.jpg"], ["train/1.jpg"], "no image val/1.jpg .*that of train/1.jpg"),
+    ],
+)
+def test_of_two_that_may_be_meant_none_is_taken(write, tmp_path, names, files, said):
+    images = [image(number, name) for number, name in enumerate(names)]
+    # Only the first has annotations: the others' names count all the same.
+    items = write(images=images, annotations=[one(image_id=0)])
+    put(tmp_path, *files)
+    with pytest.raises(ValueError, match=f"{said}.* data.images"):
+        items.record(0)
+
+
+def test_a_file_found_by_its_bare_name_must_have_the_stated_size(write, tmp_path):
+    items = write(images=[image(7, "train/1.jpg")], annotations=[one()])
+    put(tmp_path, "1.jpg", size=(HEIGHT, WIDTH - 1))
+    with pytest.raises(ValueError, match=f"1.jpg is another: it is {HEIGHT} x {WIDTH - 1} pixels"):
+        items.record(0)
+
+
+def test_images_of_one_name_in_several_folders_are_no_problem_where_they_lie_there(write, tmp_path):
+    put(tmp_path, "train/1.jpg", "val/1.jpg")
+    items = write(
+        images=[image(1, "train/1.jpg"), image(2, "val/1.jpg")],
+        annotations=[one(image_id=1), one(image_id=2, number=2)],
+    )
+    assert [items.record(index).key for index in range(2)] == ["train/1", "val/1"]
+
+
 def test_keys_are_unique(write):
     images = [image(1, "a.jpg"), image(2, "a.png"), image(3, "b.jpg"), image(4, "b.jpg")]
     items = write(images=images, annotations=[one(image_id=i, number=i) for i in range(1, 5)])

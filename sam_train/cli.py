@@ -227,13 +227,20 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
     with torch.device("meta"):
         module = config.instantiate(cfg.task)
     freeze(module.model, cfg.finetune)
-    most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
+    most_masks = cfg.data.batch_size * _max_masks(cfg.data)
     run = estimate.Run.of_trainer(
         config.plain(cfg.trainer, resolve=True),
         batch_size=cfg.data.batch_size,
         num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
     )
     return module, run
+
+
+def _max_masks(data: DictConfig) -> int:
+    """The most masks that an image may have: in a mixture, of any of its sets."""
+    own = (data.get("transforms") or {}).values()
+    of_sets = [one.max_masks for one in own if "max_masks" in one]
+    return max([data.train_transform.max_masks, *of_sets])
 
 
 def _estimate(cfg: DictConfig) -> str:

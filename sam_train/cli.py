@@ -107,7 +107,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 def convert(cfg: DictConfig) -> None:
     """sam-convert: a data set to shards; or shards checked, or counted."""
-    from sam_train.convert import check, job, sample, stats
+    from sam_train.convert import check, job, manifest, sample, stats
 
     if cfg.check is not None:
         folder = Path(cfg.out or "outputs/check")
@@ -129,7 +129,7 @@ def convert(cfg: DictConfig) -> None:
             max_bad_fraction=cfg.max_bad_fraction,
             val_share=cfg.val_share,
         )
-        print(job.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+        print(manifest.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
 
 
 def precompute(cfg: DictConfig) -> None:

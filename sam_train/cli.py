@@ -109,11 +109,18 @@ def convert(cfg: DictConfig) -> None:
     """sam-convert: a data set to shards; or shards checked, or counted."""
     from sam_train.convert import check, job, manifest, sample, stats
 
+    _whole_number("num_workers", cfg.num_workers)
+    _whole_number("num_pictures", cfg.num_pictures)
+    if cfg.out is not None and Path(cfg.out).is_file():
+        raise ValueError(f"out={cfg.out} is a file, expected a folder or a name that is free")
+    if cfg.check is not None and cfg.stats is not None:
+        raise ValueError("say check=PATH or stats=PATH, one at a time")
     if cfg.check is not None:
         folder = Path(cfg.out or "outputs/check")
-        print(check.check(config.plain_value(cfg.check), folder, cfg.num_pictures, cfg.num_workers))
+        shards = _stated_shards("check", cfg.check)
+        print(check.check(shards, folder, cfg.num_pictures, cfg.num_workers))
     elif cfg.stats is not None:
-        print(stats.stats(config.plain_value(cfg.stats), Path(cfg.out or "outputs/stats")))
+        print(stats.stats(_stated_shards("stats", cfg.stats), Path(cfg.out or "outputs/stats")))
     else:
         if "data" not in cfg or cfg.out is None:
             raise ValueError("say data=NAME out=DIR to convert, check=PATH or stats=PATH")
@@ -130,6 +137,19 @@ def convert(cfg: DictConfig) -> None:
             val_share=cfg.val_share,
         )
         print(manifest.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+
+
+def _whole_number(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is a whole number of 0 or more, got {value!r}")
+
+
+def _stated_shards(name: str, value: object) -> str | list[str]:
+    """What check= and stats= name: a folder called 2017 comes as a number."""
+    stated = config.plain_value(value)
+    if not (stated or stated == 0):
+        raise ValueError(f"{name}= names no shards: say {name}=PATH, as data=shards takes it")
+    return list(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
 def precompute(cfg: DictConfig) -> None:

@@ -14,6 +14,7 @@ from pycocotools import mask as coco_mask
 
 from sam_train.data.coco_images import ImageFolder
 from sam_train.data.coco_index import CocoIndex, build_index, usable_polygons
+from sam_train.data.file_lists import make_texts
 from sam_train.data.image_files import header_size, read_image, read_labels
 from sam_train.data.label_images import annotations_of
 from sam_train.ops import rle
@@ -39,6 +40,9 @@ class CocoItems:
     images: str
     annotations: str
     include_crowds: bool = False
+
+    def __post_init__(self) -> None:
+        make_texts(self, "images", "annotations")
 
     @cached_property
     def index(self) -> CocoIndex:
@@ -85,6 +89,9 @@ class PanopticItems:
     masks: str
     annotations: str
     include_crowds: bool = False
+
+    def __post_init__(self) -> None:
+        make_texts(self, "images", "masks", "annotations")
 
     @cached_property
     def index(self) -> CocoIndex:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sam_train.data.file_lists import Names, files_below
+from sam_train.data.file_lists import Names, files_below, make_texts
 from sam_train.data.image_files import (
     SUFFIXES,
     check_size,
@@ -73,6 +73,7 @@ class FolderItems:
     components: bool = False
 
     def __post_init__(self) -> None:
+        make_texts(self, "images", "masks")
         if self.kind not in KINDS:
             raise ValueError(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}")
         if not 0 <= self.threshold < 1:

@@ -12,6 +12,7 @@ import lightning
 import torch
 
 from sam_train.data.mixture import BySource, named, parts_of
+from sam_train.data.shard_split import warn_of_rereading
 from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
 from sam_train.data.train_stream import Position, TrainLoader, TrainStream, train_loader
 from sam_train.data.transforms import ToSample
@@ -98,6 +99,8 @@ class SamDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches without end, beginning where the last one handed to training was."""
+        if self._rank() == 0:
+            warn_of_rereading(self.train, self._world_size() * len(self._positions))
         stream = TrainStream(
             source=self.train,
             transform=self.train_transform,

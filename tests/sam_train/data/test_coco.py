@@ -278,6 +278,8 @@ def test_a_reader_process_is_sent_places_and_no_annotations(write):
     )
     assert len(items) == 200
     assert len(pickle.dumps(items)) < 200 * 100
+    arrays = [one for one in vars(items.index).values() if isinstance(one, np.ndarray)]
+    assert sum(one.nbytes for one in arrays) == 200 * 16 + 200 * 42 + 8  # as docs/data.md says
 
 
 def test_elements_have_their_bytes():

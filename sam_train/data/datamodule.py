@@ -6,13 +6,14 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import lightning
 import torch
 
 from sam_train.data.mixture import BySource, named, parts_of
-from sam_train.data.shard_split import warn_of_rereading
+from sam_train.data.shard_split import shard_list, warn_of_rereading
 from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
 from sam_train.data.train_stream import Position, TrainLoader, TrainStream, train_loader
 from sam_train.data.transforms import ToSample
@@ -99,6 +100,7 @@ class SamDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches without end, beginning where the last one handed to training was."""
+        self._shards  # noqa: B018  looked at now
         if self._rank() == 0:
             warn_of_rereading(self.train, self._world_size() * len(self._positions))
         stream = TrainStream(
@@ -157,24 +159,36 @@ class SamDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far all readers of all processes have read, in plain types; every process calls this."""
         return {
+            "shards": self._shards,
             "num_batches": self._num_batches,
             "readers": [tuple(position) for position in self._positions_of_all()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there; with another number of readers, from the epoch after."""
+        """Goes on from there; with another number of readers or other shards, from the epoch after."""
         readers, num_mine = state_dict["readers"], len(self._positions)
-        if len(readers) == self._world_size() * num_mine:
-            first = self._rank() * num_mine
-            self._positions = [Position(*one) for one in readers[first : first + num_mine]]
-            self._num_batches = state_dict["num_batches"]
-        else:
-            epoch = max(epoch for epoch, _ in readers) + 1
-            log.warning(
-                "the number of readers has changed: going on at the start of epoch %d", epoch
+        changes = []
+        if len(readers) != self._world_size() * num_mine:
+            changes.append("the number of readers has changed")
+        if (before := state_dict.get("shards", self._shards)) != self._shards:
+            changes.append(
+                f"the shards are not those of before ({self._shards}, {before} before): their order is "
+                "another one"
             )
+        if changes:
+            epoch = max(epoch for epoch, _ in readers) + 1
+            log.warning("%s: going on at the start of epoch %d", " and ".join(changes), epoch)
             self._positions = [Position(epoch)] * num_mine
             self._num_batches = 0
+            return
+        first = self._rank() * num_mine
+        self._positions = [Position(*one) for one in readers[first : first + num_mine]]
+        self._num_batches = state_dict["num_batches"]
+
+    @cached_property
+    def _shards(self) -> str:
+        """As the training began: a shard that is lost meanwhile must not keep checkpoints from being written."""
+        return shard_list(self.train)
 
     def _positions_of_all(self) -> list[Position]:
         if self._world_size() == 1 or not torch.distributed.is_initialized():

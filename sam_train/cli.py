@@ -107,13 +107,20 @@ def evaluate(cfg: DictConfig) -> None:
 
 def convert(cfg: DictConfig) -> None:
     """sam-convert: a data set to shards; or shards checked, or counted."""
-    from sam_train.convert import check, job, sample, stats
+    from sam_train.convert import check, job, manifest, sample, stats
 
+    _whole_number("num_workers", cfg.num_workers)
+    _whole_number("num_pictures", cfg.num_pictures)
+    if cfg.out is not None and Path(cfg.out).is_file():
+        raise ValueError(f"out={cfg.out} is a file, expected a folder or a name that is free")
+    if cfg.check is not None and cfg.stats is not None:
+        raise ValueError("say check=PATH or stats=PATH, one at a time")
     if cfg.check is not None:
         folder = Path(cfg.out or "outputs/check")
-        print(check.check(config.plain_value(cfg.check), folder, cfg.num_pictures, cfg.num_workers))
+        shards = _stated_shards("check", cfg.check)
+        print(check.check(shards, folder, cfg.num_pictures, cfg.num_workers))
     elif cfg.stats is not None:
-        print(stats.stats(config.plain_value(cfg.stats), Path(cfg.out or "outputs/stats")))
+        print(stats.stats(_stated_shards("stats", cfg.stats), Path(cfg.out or "outputs/stats")))
     else:
         if "data" not in cfg or cfg.out is None:
             raise ValueError("say data=NAME out=DIR to convert, check=PATH or stats=PATH")
@@ -129,7 +136,20 @@ def convert(cfg: DictConfig) -> None:
             max_bad_fraction=cfg.max_bad_fraction,
             val_share=cfg.val_share,
         )
-        print(job.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+        print(manifest.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+
+
+def _whole_number(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is a whole number of 0 or more, got {value!r}")
+
+
+def _stated_shards(name: str, value: object) -> str | list[str]:
+    """What check= and stats= name: a folder called 2017 comes as a number."""
+    stated = config.plain_value(value)
+    if not (stated or stated == 0):
+        raise ValueError(f"{name}= names no shards: say {name}=PATH, as data=shards takes it")
+    return list(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
 def precompute(cfg: DictConfig) -> None:
@@ -227,13 +247,20 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
     with torch.device("meta"):
         module = config.instantiate(cfg.task)
     freeze(module.model, cfg.finetune)
-    most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
+    most_masks = cfg.data.batch_size * _max_masks(cfg.data)
     run = estimate.Run.of_trainer(
         config.plain(cfg.trainer, resolve=True),
         batch_size=cfg.data.batch_size,
         num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
     )
     return module, run
+
+
+def _max_masks(data: DictConfig) -> int:
+    """The most masks that an image may have: in a mixture, of any of its sets."""
+    own = (data.get("transforms") or {}).values()
+    of_sets = [one.max_masks for one in own if "max_masks" in one]
+    return max([data.train_transform.max_masks, *of_sets])
 
 
 def _estimate(cfg: DictConfig) -> str:

@@ -200,6 +200,20 @@ def test_an_automatic_batch_size_is_chosen_once_a_run(
     assert after == chosen
 
 
+def test_an_image_of_a_mixture_counts_with_the_most_masks_that_any_of_its_sets_may_draw(
+    toy: list[str],
+) -> None:
+    scenes = ("data.train.", "data.val.")
+    argv = [one for one in toy if not one.startswith(scenes)]
+    argv += ["data=mixture", "data.batch_size=3", "data.transforms.nuclei.max_masks=32"]
+    _, run = cli._imagined(config.compose("train", argv))
+    assert run.num_masks == 3 * 32
+
+    argv.append("data.train_transform.max_masks=50")
+    _, run = cli._imagined(config.compose("train", argv))
+    assert run.num_masks == 3 * 50
+
+
 def test_running_out_of_memory_ends_in_advice(
     toy: list[str],
     tmp_path: Path,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
 from sam_train.structures import ImageBatch
@@ -147,6 +148,11 @@ class Report(lightning.Callback):
         elif validation_is_due(trainer) and self._latest_step != trainer.global_step:
             # The run was told to stop before it, and Lightning takes it for done.
             self._catch_up(trainer, pl_module)
+            for stopping in _callbacks(trainer, EarlyStopping):
+                trainer.callback_metrics.update(
+                    {f"val/{name}": torch.tensor(score) for name, score in self.latest.items()}
+                )
+                stopping.on_validation_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if trainer.sanity_checking:

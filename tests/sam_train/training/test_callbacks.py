@@ -403,6 +403,25 @@ def test_a_validation_that_was_due_when_the_run_was_stopped_is_caught_up_on(
     assert list(stopped.values()) == list(rows(whole, "val/mean_iou@1").values())
 
 
+def test_early_stopping_counts_a_validation_that_is_caught_up_on(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_restored: dict[int, Any]
+) -> None:
+    no_better = [
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=1",
+        "optim.lr=1e-12",
+        "trainer.val_check_interval=1",
+        "trainer.max_steps=5",
+    ]
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, signal.SIGINT, step=2)
+        assert train(*no_better) == 130
+
+    assert train(*no_better) == 0
+
+    assert result(tmp_path)["metrics"]["steps"] == 2, "the first sets the mark, the second ends it"
+
+
 def test_an_average_of_the_weights_is_what_is_kept_as_best(train: Run, tmp_path: Path) -> None:
     settings = ["callbacks=ema", "trainer.max_steps=3", "trainer.val_check_interval=3"]
     assert train(*settings, "callbacks.best.monitor=iou_prediction_mae", "optim.lr=0.01") == 0

@@ -39,6 +39,7 @@ GOES_ON = {
     "precompute": "goes on with what is missing",
 }
 NO_NEWS = (
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the data module can
     "Checkpoint directory .* exists and is not empty",
     "The '.*_dataloader' does not have many workers",
     r"Found \d+ module\(s\) in eval mode",  # the frozen ones, which the table of parameters tells

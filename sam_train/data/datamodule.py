@@ -7,7 +7,7 @@ import logging
 import math
 import signal
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -140,13 +140,21 @@ class Delivery(NamedTuple):
 
 @dataclass
 class TrainLoader:
-    """The batches of a loader of `TrainStream`, noting down the positions that belong to them."""
+    """The batches of a data module's `TrainStream`, noting down the positions that belong to them.
 
-    loader: DataLoader
+    Each iteration begins where the last batch that was used ended: Lightning iterates anew after every
+    `trainer.limit_train_batches`, and drops what it had fetched ahead.
+    """
+
+    make: Callable[[], DataLoader]
     delivered: deque[tuple[int, Position]] = field(default_factory=deque)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        for delivery in self.loader:
+        self.delivered.clear()
+        return self._batches(self.make())
+
+    def _batches(self, loader: DataLoader) -> Iterator[ImageBatch]:
+        for delivery in loader:
             if isinstance(delivery, UnusableSourceError):
                 raise delivery
             self.delivered.append((delivery.reader, delivery.position))
@@ -225,6 +233,10 @@ class SamDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches without end, beginning where the last one handed to training was."""
+        self._train_loader = TrainLoader(self._stream_loader)
+        return self._train_loader
+
+    def _stream_loader(self) -> DataLoader:
         stream = TrainStream(
             source=self.train,
             transform=self.train_transform,
@@ -236,7 +248,7 @@ class SamDataModule(lightning.LightningDataModule):
             starts=tuple(self._positions),
             first_reader=self._num_batches % len(self._positions),
         )
-        loader: DataLoader = DataLoader(
+        return DataLoader(
             stream,
             batch_size=None,
             num_workers=self.num_workers,
@@ -244,8 +256,6 @@ class SamDataModule(lightning.LightningDataModule):
             worker_init_fn=_ignore_ctrl_c,
             pin_memory=torch.cuda.is_available(),
         )
-        self._train_loader = TrainLoader(loader)
-        return self._train_loader
 
     def val_dataloader(self) -> ValRecords:
         """This process's share of the validation images, the same each time."""

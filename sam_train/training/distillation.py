@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,10 @@ from sam_train.structures import ImageBatch, ImageFeatures, ImageRecord, MaskPre
 from sam_train.training.first_guess import Question
 from sam_train.training.interactive import InteractiveTraining
 
+log = logging.getLogger(__name__)
+
+TAKEN_OVER = ("prompt_encoder", "mask_decoder")
+"""The parts that a student has from its teacher."""
 NOT_ENCODED = re.compile(r"prompt_encoder\.|mask_decoder\.")
 """Names of the weights that image embeddings by themselves have no use for."""
 
@@ -138,7 +143,7 @@ class Distillation(InteractiveTraining):
         self.has_asked = False
         """Whether a prompt was asked since the last optimiser step."""
         self._check_fits(teacher)
-        for name in ("prompt_encoder", "mask_decoder"):
+        for name in TAKEN_OVER:
             part = getattr(self.model, name)
             _copy(name, getattr(teacher.model, name), part)
             if not teaching.train_decoder:
@@ -169,8 +174,16 @@ class Distillation(InteractiveTraining):
             )
 
     def setup(self, stage: str) -> None:
-        """Refuses changes to the images that the cache knows nothing of."""
+        """Refuses changes to the images that the cache knows nothing of.
+
+        Weights that were put into the student meanwhile, as checkpoint=PATH does, are its encoder's: what
+        stays the teacher's is taken over again.
+        """
         super().setup(stage)
+        if not self.teaching.train_decoder and (others := self._not_the_teachers()):
+            log.info("%s: the teacher's, not those that the student was given", ", ".join(others))
+            for name in others:
+                _copy(name, getattr(self._teacher[0].model, name), getattr(self.model, name))
         data = getattr(self.trainer, "datamodule", None)
         if self.teacher.cache is None or not isinstance(data, SamDataModule):
             return
@@ -185,6 +198,28 @@ class Distillation(InteractiveTraining):
                         "teacher.cache holds embeddings of whole images as they are: set "
                         f"data.train_transform.{name}=null, or teacher.cache=null"
                     )
+
+    def on_fit_start(self) -> None:
+        """Sees that a run goes on with the teacher that it began with.
+
+        Raises:
+            ValueError: it is another, whose decoder is not the one that the student has learnt to serve.
+        """
+        if not self.teaching.train_decoder and (others := self._not_the_teachers()):
+            raise ValueError(
+                f"the student's {' and '.join(others)} stay the teacher's, but teacher.checkpoint now holds "
+                "other weights than when this run began: give it the file of then, or choose another "
+                "run_dir=PATH"
+            )
+
+    def _not_the_teachers(self) -> list[str]:
+        """The parts that are to be the teacher's and are not."""
+        (teacher,) = self._teacher
+        return [
+            name
+            for name in TAKEN_OVER
+            if not _are_equal(getattr(teacher.model, name), getattr(self.model, name))
+        ]
 
     def train(self, mode: bool = True) -> Distillation:
         """Leaves out the dropout of what is the teacher's."""
@@ -243,6 +278,11 @@ class Distillation(InteractiveTraining):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.val_metrics = TaughtMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
+
+
+def _are_equal(theirs: nn.Module, ours: nn.Module) -> bool:
+    state = ours.state_dict()
+    return all(torch.equal(t, state[name].to(t.device)) for name, t in theirs.state_dict().items())
 
 
 def _copy(name: str, theirs: nn.Module, ours: nn.Module) -> None:

@@ -54,7 +54,7 @@ def train(cfg: DictConfig) -> None:
 
         print(doctor.report(cfg.paths.data))
         return
-    from sam_train.training import run_folder
+    from sam_train.training import run_lock
 
     config.check_complete(cfg)
     _prepare_host()
@@ -65,6 +65,14 @@ def train(cfg: DictConfig) -> None:
     if cfg.estimate:
         print(_estimate(cfg))
         return
+    with run_lock.held(folder):
+        _train_in(folder, cfg)
+
+
+def _train_in(folder: Path, cfg: DictConfig) -> None:
+    """Starts in a run folder, goes on there, or says that it is done."""
+    from sam_train.training import run_folder
+
     plain = config.plain(cfg, resolve=False)
     state = run_folder.inspect(folder)
     action = run_folder.decide(folder, state, plain, resume=cfg.resume)

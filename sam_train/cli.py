@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from sam_train import allocator, cli_arguments, cli_errors, config
 from sam_train.ops.files import write_atomically
+from sam_train.training import stop_signals
 from sam_train.training.comparison import FAILED
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "SAM_TRAIN_TRACEBACK"
 GOES_ON = {
-    "train": "goes on from the last checkpoint",
+    "train": "goes on from the last checkpoint, or begins again where there is none",
     "convert": "goes on with what is missing",
     "precompute": "goes on with what is missing",
 }
@@ -47,6 +48,7 @@ NO_NEWS = (
 )
 
 
+@stop_signals.as_ctrl_c()
 def train(cfg: DictConfig) -> None:
     """sam-train: trains in a run folder, or goes on there."""
     if cfg.doctor:
@@ -421,7 +423,8 @@ def run(verb: str, argv: Sequence[str]) -> int:
         if verb in PLANNED:
             raise ValueError(f"not built yet. It will give: {PLANNED[verb]}")
         arguments = cli_arguments.parse(argv)
-        _run_hydra(verb, arguments)
+        with stop_signals.as_ctrl_c() if verb == "train" else nullcontext():
+            _run_hydra(verb, arguments)
     except KeyboardInterrupt:
         goes_on = GOES_ON.get(verb, "starts over")
         print(f"\nsam-{verb}: stopped by Ctrl-C. The same command {goes_on}.", file=sys.stderr)

@@ -230,16 +230,20 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
     """The training on the meta device, and its batch."""
     import torch
 
-    from sam_train.training import estimate
+    from sam_train.training.distillation import Teacher
     from sam_train.training.finetune import freeze
+    from sam_train.training.step_cost import Run
 
+    given = {}
     if "teacher" in cfg.task:
-        raise ValueError("estimate=true and data.batch_size=auto do not count a teacher yet")
+        node = config.plain(cfg.task.teacher, resolve=True)
+        del node["_target_"]
+        given["teacher"] = Teacher.without_weights(**node)
     with torch.device("meta"):
-        module = config.instantiate(cfg.task)
+        module = config.instantiate(cfg.task, **given)
     freeze(module.model, cfg.finetune)
     most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
-    run = estimate.Run.of_trainer(
+    run = Run.of_trainer(
         config.plain(cfg.trainer, resolve=True),
         batch_size=cfg.data.batch_size,
         num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
@@ -250,14 +254,15 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
 def _estimate(cfg: DictConfig) -> str:
     """What the run would cost, without any of its weights or data."""
     from sam_train.training import estimate
+    from sam_train.training.machine_speed import Speed, measure_speed
 
     module, run = _imagined(cfg)
     accelerator = {"auto": _device("auto"), "gpu": "cuda"}.get(cfg.trainer.accelerator)
     if cfg.estimate_tflops is not None:
-        stated = estimate.Speed(flops=1e12 * cfg.estimate_tflops)
+        stated = Speed(flops=1e12 * cfg.estimate_tflops)
         return estimate.report(module, run, stated, "a device of the stated speed")
     device = accelerator or "cpu"
-    return estimate.report(module, run, estimate.measure_speed(device, run.precision), device)
+    return estimate.report(module, run, measure_speed(device, run.precision), device)
 
 
 def _build_training(

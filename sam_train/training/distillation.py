@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_train.checkpoints.load import load_model
+from sam_train.checkpoints.build import build_model
+from sam_train.checkpoints.load import load_model, stored_config
 from sam_train.data.datamodule import SamDataModule
 from sam_train.data.embedding_cache import EmbeddingCache
 from sam_train.data.mixture import BySource
@@ -47,10 +48,24 @@ class Teacher:
         self, *, checkpoint: str, cache: str | None = None, img_size: int | None = None
     ) -> None:
         self.model = load_model(checkpoint, img_size=img_size).requires_grad_(False)
+        self.reads_cache = cache is not None
         self.cache: EmbeddingCache | None = None
         if cache is not None:
             encoder, shape = encoder_id(self.model), embedding_shape(self.model)
             self.cache = EmbeddingCache(cache, encoder=encoder, shape=shape)
+
+    @classmethod
+    def without_weights(
+        cls, *, checkpoint: str, cache: str | None = None, img_size: int | None = None
+    ) -> Teacher:
+        """A teacher of the checkpoint's sizes on the meta device, which costs can be reckoned with."""
+        changes = {} if img_size is None else {"image_encoder": {"img_size": img_size}}
+        node = stored_config(checkpoint, changes)
+        teacher = cls.__new__(cls)
+        with torch.device("meta"):
+            teacher.model = build_model(node).requires_grad_(False).eval()
+        teacher.reads_cache, teacher.cache = cache is not None, None
+        return teacher
 
     @torch.no_grad()
     def encode(self, batch: ImageBatch) -> ImageFeatures:
@@ -91,7 +106,7 @@ class Teaching:
 
 
 @dataclass(frozen=True)
-class _AskedTeacher:
+class AskedTeacher:
     """The `Peer` of one step: a teacher that has seen the batch."""
 
     model: Sam
@@ -167,7 +182,7 @@ class Distillation(InteractiveTraining):
                     f"{expected}, the student's {got}; set model.image_encoder.{name}={expected}"
                     + (f" or teacher.img_size={got}" if name == "img_size" else "")
                 )
-        if teacher.cache is not None and self.half_size_share:
+        if teacher.reads_cache and self.half_size_share:
             raise ValueError(
                 "teacher.cache holds embeddings of images of full size: set task.half_size_share=0, or "
                 "teacher.cache=null"
@@ -232,22 +247,23 @@ class Distillation(InteractiveTraining):
     def _loss(self, batch: ImageBatch) -> Tensor:
         features = self.model.encode(batch.images, batch.input_sizes)
         taught = self.teacher.encode(batch)
-        errors = self._embedding_errors(features, taught, batch)
+        errors = self.embedding_errors(features, taught, batch.input_sizes)
         error = errors.sum() / self._mean_over_ranks(len(errors))
         self.log("train/embedding_error", error.detach())
         if self._progress_of_all() < self.teaching.embeddings_share:
             return error + self._nothing_left_out(NOT_ENCODED)
         self.has_asked = True
-        peer = _AskedTeacher(self.teacher.model, taught, self.teaching)
+        peer = AskedTeacher(self.teacher.model, taught, self.teaching)
         loss = self._prompted_loss(features, batch, peer)
         return loss + self.teaching.embedding_weight * error
 
-    def _embedding_errors(
-        self, features: ImageFeatures, taught: ImageFeatures, batch: ImageBatch
+    def embedding_errors(
+        self, features: ImageFeatures, taught: ImageFeatures, input_sizes: Tensor
     ) -> Tensor:
+        """How far the student's embeddings are from the teacher's, padding left out: (N,)."""
         embeddings = features.image_embeddings
         encoder = self.model.image_encoder
-        inside = cells_inside(batch.input_sizes, embeddings.shape[-1], encoder.stride)
+        inside = cells_inside(input_sizes, embeddings.shape[-1], encoder.stride)
         return embedding_errors(
             embeddings, taught.image_embeddings, inside, out_chans=encoder.out_chans
         )

@@ -134,7 +134,7 @@ def test_a_loader_that_is_begun_again_goes_on_with_the_next_batch(module, num_wo
     data = module(num_workers=num_workers)
     loader = data.train_dataloader()
     seeds = []
-    for _ in range(3):  # as Lightning does every trainer.limit_train_batches, with one fetched ahead
+    for _ in range(3):  # as Lightning does, with one fetched ahead
         batches = iter(loader)
         ahead = next(batches)
         for _ in range(3):

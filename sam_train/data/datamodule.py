@@ -15,7 +15,7 @@ import torch
 from sam_train.data.mixture import BySource, named, parts_of
 from sam_train.data.shard_split import shard_list, warn_of_rereading
 from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
-from sam_train.data.train_stream import Position, TrainLoader, TrainStream, train_loader
+from sam_train.data.train_stream import Position, TrainLoader, TrainStream
 from sam_train.data.transforms import ToSample
 from sam_train.data.val_choice import choose_masks, hold_out
 from sam_train.structures import ImageRecord
@@ -103,7 +103,11 @@ class SamDataModule(lightning.LightningDataModule):
         self._shards  # noqa: B018  looked at now
         if self._rank() == 0:
             warn_of_rereading(self.train, self._world_size() * len(self._positions))
-        stream = TrainStream(
+        self._train_loader = TrainLoader(self._stream, self.num_workers)
+        return self._train_loader
+
+    def _stream(self) -> TrainStream:
+        return TrainStream(
             source=self.train,
             transform=self.train_transform,
             batch_size=self.batch_size,
@@ -114,8 +118,6 @@ class SamDataModule(lightning.LightningDataModule):
             starts=tuple(self._positions),
             first_reader=self._num_batches % len(self._positions),
         )
-        self._train_loader = train_loader(stream, self.num_workers)
-        return self._train_loader
 
     def val_dataloader(self) -> ValRecords:
         """This process's share of the validation images, the same each time."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -119,30 +119,39 @@ class Delivery(NamedTuple):
 
 @dataclass
 class TrainLoader:
-    """The batches of a loader of `TrainStream`, noting down the positions that belong to them."""
+    """The batches of a `TrainStream`, noting down the positions that belong to them.
 
-    loader: DataLoader
+    Each iteration begins where the last batch that was used ended: Lightning iterates anew after every
+    `trainer.limit_train_batches`, and drops what it had fetched ahead.
+
+    Attributes:
+        stream: makes the stream, from there on.
+        num_workers: processes that read it; 0 reads in this one.
+        delivered: the reader and position of each batch fetched and not yet used.
+    """
+
+    stream: Callable[[], TrainStream]
+    num_workers: int
     delivered: deque[tuple[int, Position]] = field(default_factory=deque)
 
     def __iter__(self) -> Iterator[ImageBatch]:
-        for delivery in self.loader:
+        self.delivered.clear()
+        loader: DataLoader = DataLoader(
+            self.stream(),
+            batch_size=None,
+            num_workers=self.num_workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_ignore_ctrl_c,
+            pin_memory=torch.cuda.is_available(),
+        )
+        return self._batches(loader)
+
+    def _batches(self, loader: DataLoader) -> Iterator[ImageBatch]:
+        for delivery in loader:
             if isinstance(delivery, UnusableSourceError):
                 raise delivery
             self.delivered.append((delivery.reader, delivery.position))
             yield delivery.parcel.unpacked()
-
-
-def train_loader(stream: TrainStream, num_workers: int) -> TrainLoader:
-    """The batches of a stream that so many processes read; 0 reads in this one."""
-    loader: DataLoader = DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_ignore_ctrl_c,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return TrainLoader(loader)
 
 
 def _ignore_ctrl_c(worker: int) -> None:

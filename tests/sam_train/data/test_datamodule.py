@@ -128,6 +128,21 @@ def test_a_resumed_stream_goes_on_with_the_next_batch(module, num_workers, num_u
     )
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_is_begun_again_goes_on_with_the_next_batch(module, num_workers):
+    whole = used(module(num_workers=num_workers), 9)
+    data = module(num_workers=num_workers)
+    loader = data.train_dataloader()
+    seeds = []
+    for _ in range(3):  # as Lightning does, with one fetched ahead
+        batches = iter(loader)
+        ahead = next(batches)
+        for _ in range(3):
+            batch, ahead = ahead, next(batches)
+            seeds.append(data.transfer_batch_to_device(batch, CPU, 0).seeds)
+    assert seeds == [batch.seeds for batch in whole]
+
+
 def test_with_other_readers_it_goes_on_with_the_next_epoch(module, caplog):
     first = module()
     used(first, 6)

@@ -31,6 +31,9 @@ RECORD_KEY = "sam_train"
 """The key under which our `.ckpt` files say which model they hold."""
 FORMAT_VERSION = 1
 
+BUILT_IN = {"sam_tiny": Path(__file__).parents[1] / "weights" / "sam_tiny.ckpt"}
+"""Weights that travel inside the package, by the name that stands for their path."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -59,14 +62,16 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a checkpoint of any format onto the CPU.
 
     Args:
-        path: an official `.pth` (SAM, MedSAM, MobileSAM), a Hugging Face folder or hub name, or our
-            `.ckpt`.
+        path: an official `.pth` (SAM, MedSAM, MobileSAM), a Hugging Face folder or hub name, our
+            `.ckpt`, or a name of `BUILT_IN`, which a file or folder of the same name goes before.
 
     Raises:
         FileNotFoundError: there is no such file; the message names near ones.
         CheckpointError: it is there, but no checkpoint, damaged, or of an unknown kind.
     """
     place = Path(path).expanduser()
+    if str(path) in BUILT_IN and not place.exists():
+        place = BUILT_IN[str(path)]
     if place.is_dir():
         return _read_hugging_face(place, weight_files(place))
     if place.is_file() and place.suffix == ".safetensors":

@@ -30,8 +30,8 @@ def load_model(
     """Reads a checkpoint of any format into a model in eval mode.
 
     Args:
-        path: an official `.pth` (SAM, MedSAM, MobileSAM), a Hugging Face folder or hub name, or a
-            `.ckpt` of this project.
+        path: an official `.pth` (SAM, MedSAM, MobileSAM), a Hugging Face folder or hub name, a
+            `.ckpt` of this project, or `sam_tiny`, whose weights are built in.
         device: where the model is put.
         img_size: another side of the square input, pixels; positions are interpolated to it.
         in_chans: another number of image channels: each gets the average of the stored first

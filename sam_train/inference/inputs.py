@@ -70,7 +70,8 @@ def _to_channels(image: np.ndarray, in_chans: int) -> np.ndarray:
         return np.repeat(pixels[..., :1], 3, axis=2)
     if in_chans == 3 and channels == 4:
         return pixels[..., :3]
-    hint = "; transpose(1, 2, 0) puts the channels last" if pixels.shape[0] in (1, 3, 4) else ""
+    is_turned = pixels.shape[0] in (1, 3, 4) and channels > 4
+    hint = "; transpose(1, 2, 0) puts the channels last" if is_turned else ""
     more = " (grey and alpha are taken, too)" if in_chans == 3 else ""
     raise InputError(
         f"expected an image of {in_chans} channels, (H, W, {in_chans}){more}, got shape {image.shape}{hint}"
@@ -163,7 +164,8 @@ def split_prompts(values: Any, ndim: int) -> tuple[list[Any] | None, bool]:
     """
     if values is None:
         return None, False
-    if isinstance(values, Sequence) and any(v is None or np.ndim(v) == ndim for v in values):
+    is_list = isinstance(values, Sequence)
+    if is_list and (not len(values) or any(v is None or np.ndim(v) == ndim for v in values)):
         return list(values), True
     array = np.asarray(values)
     if array.ndim not in (ndim, ndim + 1):

@@ -21,7 +21,7 @@ from sam_train.inference.inputs import (
     split_prompts,
 )
 from sam_train.inference.longest_side import ResizeLongestSide
-from sam_train.inference.prompt_groups import decode_in_passes, decode_mixed, full_size
+from sam_train.inference.prompt_groups import decode_in_passes, decode_mixed, full_size, no_answers
 from sam_train.models.sam import Sam
 from sam_train.structures import ImageFeatures, Prompts
 
@@ -137,9 +137,7 @@ class SamPredictor:
             InputError: a prompt has another shape or value.
         """
         self._check_is_set()
-        assert self.original_size is not None and self.input_size is not None
-        sizes = self.original_size, self.input_size
-        prompts = self._prompts(point_coords, point_labels, box, mask_input, sizes)
+        prompts = self.to_prompts(point_coords, point_labels, box, mask_input)
         masks, ious, low_res = self._answer(prompts, multimask_output, return_logits)
         return _numpy(masks[0]), _numpy(ious[0]), _numpy(low_res[0])
 
@@ -202,9 +200,7 @@ class SamPredictor:
                 for start in range(0, len(resized), IMAGES_PER_PASS)
             ]
         )
-        self.batch_sizes = [
-            (size, (pixels.shape[1], pixels.shape[2])) for pixels, size in resized
-        ]
+        self.batch_sizes = [(size, (pixels.shape[1], pixels.shape[2])) for pixels, size in resized]
 
     @torch.no_grad()
     def predict_batch(
@@ -246,7 +242,7 @@ class SamPredictor:
         has_axis: list[bool] = []
         for index, items in enumerate(_per_image(kinds, len(sizes))):
             rows, several = _per_prompt(items, index)
-            prompts += [self._prompts(*row, sizes[index]) for row in rows]
+            prompts += [self.to_prompts(*row, index=index) for row in rows]
             image_index += [index] * len(rows)
             has_axis.append(several)
         assert self.features is not None
@@ -259,17 +255,40 @@ class SamPredictor:
         )
         found: Arrays = ([], [], [])
         for index, (original_size, input_size) in enumerate(sizes):
-            own = [answers[i] for i in range(len(prompts)) if image_index[i] == index]
-            if not own:
-                raise InputError(f"image {index} of the batch has no prompt")
-            low_res = torch.cat([answer.low_res_masks for answer in own])
-            ious = torch.cat([answer.iou_predictions for answer in own])
+            own = [answer for answer, i in zip(answers, image_index, strict=True) if i == index]
+            own = own or [no_answers(self.model, multimask_output)]
+            low_res, ious = map(torch.cat, zip(*own, strict=True))
             masks = full_size(
                 self.model, low_res, input_size, original_size, return_logits=return_logits
             )
             for results, part in zip(found, (masks, ious, low_res), strict=True):
                 results.append(_numpy(part if has_axis[index] else part[0]))
         return found
+
+    def to_prompts(
+        self, point_coords: Any, point_labels: Any, box: Any, mask_input: Any, *, index: int = 0
+    ) -> Prompts:
+        """One prompt, as `predict` takes it, as tensors in the model input frame.
+
+        Args:
+            point_coords, point_labels, box, mask_input: see `predict`.
+            index: of the image it is about, where a batch is set.
+
+        Raises:
+            RuntimeError: nothing is set.
+            InputError: it has another shape or value.
+        """
+        original_size = self._sizes()[index][0]
+        points = boxes = masks = None
+        if point_coords is not None:
+            coords, labels = checked_points(point_coords, point_labels)
+            coords = self.transform.apply_coords(coords, original_size)
+            points = self._tensor(coords)[None], torch.from_numpy(labels).to(self.device)[None]
+        if box is not None:
+            boxes = self._tensor(self.transform.apply_boxes(checked_box(box), original_size))
+        if mask_input is not None:
+            masks = self._tensor(checked_mask(mask_input, self.model.low_res_size))[None]
+        return self.model.prompt_encoder.to_prompts(points, boxes, masks)
 
     def get_image_embedding(self) -> Tensor:
         """The embedding of what is set: (1, C, h, w), (N, C, h, w) for a batch.
@@ -326,9 +345,7 @@ class SamPredictor:
         if self.batch_sizes is not None:
             raise RuntimeError("A batch of images is set: ask predict_batch, or set one image.")
         if not self.is_image_set:
-            raise RuntimeError(
-                "An image must be set with .set_image(...) before mask prediction."
-            )
+            raise RuntimeError("An image must be set with .set_image(...) before mask prediction.")
 
     def _sizes(self) -> list[tuple[Size, Size]]:
         if self.batch_sizes is not None:
@@ -336,21 +353,6 @@ class SamPredictor:
         self._check_is_set()
         assert self.original_size is not None and self.input_size is not None
         return [(self.original_size, self.input_size)]
-
-    def _prompts(
-        self, coords: Any, labels: Any, box: Any, mask: Any, sizes: tuple[Size, Size]
-    ) -> Prompts:
-        """One prompt in the original frame as tensors in the model input frame."""
-        points = boxes = masks = None
-        if coords is not None:
-            coords, labels = checked_points(coords, labels)
-            coords = self.transform.apply_coords(coords, sizes[0])
-            points = self._tensor(coords)[None], torch.from_numpy(labels).to(self.device)[None]
-        if box is not None:
-            boxes = self._tensor(self.transform.apply_boxes(checked_box(box), sizes[0]))
-        if mask is not None:
-            masks = self._tensor(checked_mask(mask, self.model.low_res_size))[None]
-        return self.model.prompt_encoder.to_prompts(points, boxes, masks)
 
     def _tensor(self, values: np.ndarray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float, device=self.device)
@@ -386,6 +388,8 @@ def _per_image(kinds: Sequence[Sequence[Any] | None], num_images: int) -> list[t
 
 def _per_prompt(items: tuple[Any, ...], index: int) -> tuple[list[tuple[Any, ...]], bool]:
     """An image's items, prompt by prompt, and whether they had a dimension for prompts."""
+    if all(item is None for item in items):
+        raise InputError(f"image {index} of the batch has no prompt; [] asks it nothing")
     split = [split_prompts(item, ndim) for item, ndim in zip(items, (2, 1, 1, 3), strict=True)]
     lengths = {len(rows) for rows, _ in split if rows is not None}
     if len(lengths) > 1:

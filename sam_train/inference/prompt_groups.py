@@ -25,7 +25,9 @@ def decode_in_passes(
     image_index: Tensor | None = None,
     multimask_output: bool,
 ) -> MaskPrediction:
-    """`Sam.decode`, for any number of prompts in bounded memory."""
+    """`Sam.decode`, for any number of prompts, none included, in bounded memory."""
+    if not len(prompts.point_coords):
+        return no_answers(model, multimask_output)
     answers = [
         model.decode(
             features,
@@ -33,7 +35,7 @@ def decode_in_passes(
             image_index=None if image_index is None else image_index[rows],
             multimask_output=multimask_output,
         )
-        for rows in _slices(len(prompts.point_coords), PROMPTS_PER_PASS)
+        for rows in _passes(len(prompts.point_coords))
     ]
     return MaskPrediction(*map(torch.cat, zip(*answers, strict=True)))
 
@@ -102,5 +104,15 @@ def full_size(
     return torch.cat(pieces).unflatten(0, low_res_masks.shape[:2])
 
 
-def _slices(length: int, at_once: int) -> list[slice]:
-    return [slice(start, start + at_once) for start in range(0, max(length, 1), at_once)]
+def no_answers(model: Sam, multimask_output: bool) -> MaskPrediction:
+    """What no prompt at all is answered with."""
+    num_masks = model.mask_decoder.num_multimask_outputs if multimask_output else 1
+    low_res_masks = torch.zeros(
+        0, num_masks, model.low_res_size, model.low_res_size, device=model.device
+    )
+    return MaskPrediction(low_res_masks, low_res_masks.new_zeros(0, num_masks))
+
+
+def _passes(num_prompts: int) -> list[slice]:
+    starts = range(0, num_prompts, PROMPTS_PER_PASS)
+    return [slice(start, start + PROMPTS_PER_PASS) for start in starts]

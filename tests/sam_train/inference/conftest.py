@@ -68,9 +68,7 @@ def balanced_sam(published_sam: Callable[..., Any], picture: Picture) -> Any:
     hook.remove()
     mean = upscaled[0].mean(dim=(0, 2, 3))
     with torch.no_grad():
-        for mlp, own in zip(
-            model.mask_decoder.output_hypernetworks_mlps, logits, strict=True
-        ):
+        for mlp, own in zip(model.mask_decoder.output_hypernetworks_mlps, logits, strict=True):
             mlp.layers[-1].bias -= float(np.median(own)) * mean / mean.square().sum()
     return model
 

@@ -56,7 +56,7 @@ def load(path: Path, model: Sam) -> tuple[Tensor, list[tuple[Size, Size]], bool]
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT_VERSION or "features" not in file.keys():
+            if metadata.get("format") != FORMAT_VERSION or "features" not in set(file.keys()):
                 raise EmbeddingError(f"{path} holds no embeddings saved by a predictor")
             _check_encoder(path, metadata, model)
             features = file.get_tensor("features")

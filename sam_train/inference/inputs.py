@@ -120,7 +120,7 @@ def checked_points(coords: Any, labels: Any) -> tuple[np.ndarray, np.ndarray]:
         )
     if not np.isfinite(coords).all():
         raise InputError("point_coords hold NaN or infinity")
-    if labels.size and not (PADDING <= labels.min() and labels.max() <= BOX_BOTTOM_RIGHT):
+    if labels.size and not (labels.min() >= PADDING and labels.max() <= BOX_BOTTOM_RIGHT):
         raise InputError(
             f"point_labels are 1 for the object and 0 for what is not, got {labels.tolist()}"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -151,16 +151,62 @@ def checked_mask(mask: Any, side: int) -> np.ndarray:
     return logits
 
 
-def split_prompts(values: Any, ndim: int) -> tuple[list[Any] | None, bool]:
-    """What an image's prompts bring of one kind, prompt by prompt.
+class Asked(NamedTuple):
+    """What is asked about one image of a batch.
+
+    Attributes:
+        rows: a prompt each: points, labels, box and mask, None for what it has not.
+        has_axis: whether the prompts came with a dimension of their own.
+    """
+
+    rows: list[tuple[Any, Any, Any, Any]]
+    has_axis: bool
+
+
+def split_batch(kinds: Sequence[Sequence[Any] | None], num_images: int) -> list[Asked]:
+    """Sorts the lists that `SamPredictor.predict_batch` takes by image and prompt.
+
+    Args:
+        kinds: points, labels, boxes and masks.
+        num_images: that each list has items for.
+
+    Raises:
+        InputError: a list has too many items or too few, or an image's do not fit each other.
+    """
+    for kind in kinds:
+        if kind is not None and len(kind) != num_images:
+            raise InputError(
+                f"expected lists with an item for each of the {num_images} images that are set, got "
+                f"{len(kind)}"
+            )
+    columns = [[None] * num_images if kind is None else kind for kind in kinds]
+    return [_asked(items, index) for index, items in enumerate(zip(*columns, strict=True))]
+
+
+def _asked(items: tuple[Any, ...], index: int) -> Asked:
+    if all(item is None for item in items):
+        raise InputError(f"image {index} of the batch has no prompt; [] asks it nothing")
+    split = [_split(item, ndim) for item, ndim in zip(items, (2, 1, 1, 3), strict=True)]
+    lengths = {len(rows) for rows, _ in split if rows is not None}
+    if len(lengths) > 1:
+        raise InputError(
+            f"image {index} of the batch has points, labels, boxes and masks for different numbers of "
+            f"prompts: {sorted(lengths)}"
+        )
+    length = lengths.pop()
+    points, labels, boxes, masks = ([None] * length if rows is None else rows for rows, _ in split)
+    return Asked(
+        list(zip(points, labels, boxes, masks, strict=True)), any(axis for _, axis in split)
+    )
+
+
+def _split(values: Any, ndim: int) -> tuple[list[Any] | None, bool]:
+    """What an image's prompts have of one kind, and whether they came with a dimension of their own.
 
     Args:
         values: None, what one prompt has (`ndim` dimensions), or all prompts' as an array with one
             dimension more or as a list, in which None stands for a prompt without it.
         ndim: of what one prompt has.
-
-    Returns:
-        A list, a prompt each, and whether the prompts had a dimension of their own; None for None.
     """
     if values is None:
         return None, False

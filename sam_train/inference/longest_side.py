@@ -40,7 +40,7 @@ class ResizeLongestSide:
         segment_anything's own takes N and C for the height and width here and distorts the image; this
         one does not.
         """
-        size = preprocess_shape(*image.shape[-2:], self.target_length)
+        size = preprocess_shape(image.shape[-2], image.shape[-1], self.target_length)
         return F.interpolate(image, size, mode="bilinear", align_corners=False, antialias=True)
 
     def apply_coords_torch(self, coords: Tensor, original_size: tuple[int, ...]) -> Tensor:

@@ -18,7 +18,7 @@ from sam_train.inference.inputs import (
     checked_mask,
     checked_points,
     read_pixels,
-    split_prompts,
+    split_batch,
 )
 from sam_train.inference.longest_side import ResizeLongestSide
 from sam_train.inference.prompt_groups import decode_in_passes, decode_mixed, full_size, no_answers
@@ -237,14 +237,11 @@ class SamPredictor:
         """
         sizes = self._sizes()
         kinds = (point_coords_batch, point_labels_batch, box_batch, mask_input_batch)
-        prompts: list[Prompts] = []
-        image_index: list[int] = []
-        has_axis: list[bool] = []
-        for index, items in enumerate(_per_image(kinds, len(sizes))):
-            rows, several = _per_prompt(items, index)
-            prompts += [self.to_prompts(*row, index=index) for row in rows]
-            image_index += [index] * len(rows)
-            has_axis.append(several)
+        asked = split_batch(kinds, len(sizes))
+        prompts = [
+            self.to_prompts(*row, index=i) for i, (rows, _) in enumerate(asked) for row in rows
+        ]
+        image_index = [i for i, (rows, _) in enumerate(asked) for _ in rows]
         assert self.features is not None
         answers = decode_mixed(
             self.model,
@@ -262,7 +259,7 @@ class SamPredictor:
                 self.model, low_res, input_size, original_size, return_logits=return_logits
             )
             for results, part in zip(found, (masks, ious, low_res), strict=True):
-                results.append(_numpy(part if has_axis[index] else part[0]))
+                results.append(_numpy(part if asked[index].has_axis else part[0]))
         return found
 
     def to_prompts(
@@ -373,33 +370,6 @@ class SamPredictor:
             self.model, low_res, self.input_size, self.original_size, return_logits=return_logits
         )
         return masks, ious, low_res
-
-
-def _per_image(kinds: Sequence[Sequence[Any] | None], num_images: int) -> list[tuple[Any, ...]]:
-    for kind in kinds:
-        if kind is not None and len(kind) != num_images:
-            raise InputError(
-                f"expected lists with an item for each of the {num_images} images that are set, got "
-                f"{len(kind)}"
-            )
-    columns = [[None] * num_images if kind is None else kind for kind in kinds]
-    return list(zip(*columns, strict=True))
-
-
-def _per_prompt(items: tuple[Any, ...], index: int) -> tuple[list[tuple[Any, ...]], bool]:
-    """An image's items, prompt by prompt, and whether they had a dimension for prompts."""
-    if all(item is None for item in items):
-        raise InputError(f"image {index} of the batch has no prompt; [] asks it nothing")
-    split = [split_prompts(item, ndim) for item, ndim in zip(items, (2, 1, 1, 3), strict=True)]
-    lengths = {len(rows) for rows, _ in split if rows is not None}
-    if len(lengths) > 1:
-        raise InputError(
-            f"image {index} of the batch has points, labels, boxes and masks for different numbers of "
-            f"prompts: {sorted(lengths)}"
-        )
-    length = lengths.pop() if lengths else 1
-    columns = [[None] * length if rows is None else rows for rows, _ in split]
-    return list(zip(*columns, strict=True)), any(several for _, several in split)
 
 
 def _numpy(values: Tensor) -> np.ndarray:

@@ -31,7 +31,11 @@ def decode_in_passes(
     answers = [
         model.decode(
             features,
-            Prompts(*(None if part is None else part[rows] for part in prompts)),
+            Prompts(
+                prompts.point_coords[rows],
+                prompts.point_labels[rows],
+                None if prompts.mask_inputs is None else prompts.mask_inputs[rows],
+            ),
             image_index=None if image_index is None else image_index[rows],
             multimask_output=multimask_output,
         )

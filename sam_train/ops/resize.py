@@ -21,7 +21,7 @@ def resize_longest_side(image: np.ndarray, long_side: int) -> np.ndarray:
     Returns:
         (h, w, C) uint8.
     """
-    height, width = preprocess_shape(*image.shape[:2], long_side)
+    height, width = preprocess_shape(image.shape[0], image.shape[1], long_side)
     if image.shape[2] == 3:
         return _resized(image, width, height)
     channels = [_resized(image[..., c], width, height) for c in range(image.shape[2])]

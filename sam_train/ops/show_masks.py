@@ -130,9 +130,8 @@ def _show_prompts(
             else np.asarray(labels).reshape(-1) == FOREGROUND
         )
         for chosen, color in ((is_object, "lime"), (~is_object, "red")):
-            panel.scatter(
-                *coords[chosen].T, color=color, marker="*", s=300, edgecolor="white", linewidth=1.2
-            )
+            x, y = coords[chosen].T
+            panel.scatter(x, y, s=300, color=color, marker="*", edgecolor="white", linewidth=1.2)
     if box is not None:
         for x0, y0, x1, y1 in np.asarray(box).reshape(-1, 4):
             panel.plot([x0, x1, x1, x0, x0], [y0, y0, y1, y1, y0], color="lime", linewidth=2)

@@ -80,7 +80,12 @@ def decode_mixed(
         )
         index = torch.tensor([image_index[i] for i in places], device=model.device)
         found = decode_in_passes(
-            model, features, together, image_index=index, multimask_output=multimask_output
+            model,
+            features,
+            together,
+            # Of one image no copies are made.
+            image_index=index if len(features.image_embeddings) > 1 else None,
+            multimask_output=multimask_output,
         )
         for row, place in enumerate(places):
             answers[place] = MaskPrediction(*(part[row : row + 1] for part in found))

@@ -169,6 +169,19 @@ def test_one_mask_prompt_serves_many_boxes(predictor: SamPredictor, picture: Pic
     torch.testing.assert_close(together[2][1:], alone[2], rtol=0, atol=1e-5)
 
 
+def test_masks_are_the_same_whether_made_at_once_or_one_at_a_time(
+    predictor: SamPredictor, picture: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predictor.set_image(picture(50, 64))
+    boxes = torch.tensor([[1.0, 2, 30, 40], [20, 20, 60, 60]])
+    together = predictor.predict_torch(None, None, boxes, return_logits=True)[0]
+    monkeypatch.setattr(prompt_groups, "MAX_LOGITS", 1)
+
+    apart = predictor.predict_torch(None, None, boxes, return_logits=True)[0]
+
+    torch.testing.assert_close(apart, together, rtol=0, atol=1e-6)
+
+
 def test_no_prompts_give_no_masks(predictor: SamPredictor, picture: Picture) -> None:
     predictor.set_image(picture(50, 64))
     masks, ious, low_res = predictor.predict_torch(None, None, torch.zeros(0, 4))

@@ -373,4 +373,6 @@ class SamPredictor:
 
 
 def _numpy(values: Tensor) -> np.ndarray:
+    # NumPy has no bfloat16, which autocast may answer in.
+    values = values if values.dtype == torch.bool else values.float()
     return values.detach().cpu().numpy()

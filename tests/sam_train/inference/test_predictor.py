@@ -182,6 +182,13 @@ def test_masks_are_the_same_whether_made_at_once_or_one_at_a_time(
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-6)
 
 
+def test_answers_are_arrays_under_autocast_too(predictor: SamPredictor, picture: Picture) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        predictor.set_image(picture(50, 64))
+        masks, ious, low_res = predictor.predict(POINTS[:1], [1])
+    assert (masks.dtype, ious.dtype, low_res.dtype) == (bool, np.float32, np.float32)
+
+
 def test_no_prompts_give_no_masks(predictor: SamPredictor, picture: Picture) -> None:
     predictor.set_image(picture(50, 64))
     masks, ious, low_res = predictor.predict_torch(None, None, torch.zeros(0, 4))

@@ -161,6 +161,9 @@ def segment(cfg: DictConfig) -> None:
             "say mode=points points=[[x,y,label],...] or mode=boxes boxes=[[x0,y0,x1,y1],...]"
         )
     config.check_complete(cfg)
+    for name in ("points", "boxes"):
+        if cfg[name] is not None and name not in cfg.mode:
+            raise ValueError(f"{name}= is of mode={name}: say that, or leave it out")
     _prepare_host()
     files = SegmentFiles(
         images=str(cfg.images),

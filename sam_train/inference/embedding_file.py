@@ -62,7 +62,9 @@ def load(path: Path, model: Sam) -> tuple[Tensor, list[tuple[Size, Size]], bool]
             features = file.get_tensor("features")
         sizes = [(_size(pair[0]), _size(pair[1])) for pair in json.loads(metadata["sizes"])]
         is_batch = bool(json.loads(metadata["is_batch"]))
-    except (SafetensorError, OSError, KeyError, TypeError, IndexError) as error:
+    except EmbeddingError:
+        raise
+    except (SafetensorError, OSError, KeyError, TypeError, IndexError, ValueError) as error:
         raise EmbeddingError(f"{path} is damaged or cut short ({error}): encode anew") from error
     if features.shape != (len(sizes), *embedding_shape(model)):
         raise EmbeddingError(f"{path} is damaged: its embeddings have another shape: encode anew")

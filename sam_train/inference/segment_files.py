@@ -191,7 +191,7 @@ class SegmentFiles:
             save_image(self.out / "overlays" / f"{key}.jpg", picture)
         size = (image.shape[0], image.shape[1])
         sample = ImageRecord(key, size, tuple(annotations), lambda: image)
-        content = json_content(sample, image_id=zlib.crc32(key.encode()), file_name=path.name)
+        content = json_content(sample, image_id=zlib.crc32(os.fsencode(key)), file_name=path.name)
         text = json.dumps({**content, MADE_WITH: record}, separators=(",", ":"))
         write_atomically(self._place(key), text)
 

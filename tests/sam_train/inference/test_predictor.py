@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sam_train.inference import prompt_groups
 from sam_train.inference.embedding_file import EmbeddingError
 from sam_train.inference.inputs import InputError
 from sam_train.inference.predictor import SamPredictor
 from sam_train.metrics.click_rollout import EncodedImage
+from sam_train.models.fingerprint import encoder_id
 from sam_train.models.sam import Sam
 from sam_train.structures import Prompts
 
@@ -233,6 +235,15 @@ def test_embeddings_of_another_encoder_or_damaged_are_refused(
     data = path.read_bytes()
     path.write_bytes(data[:-100])
     with pytest.raises(EmbeddingError, match="damaged or cut short"):
+        predictor.load_embedding(path)
+    tensors = {"features": predictor.get_image_embedding().contiguous()}
+    for sizes in ("[[[1, 2]", '{"a": 1}', "[[1, 2]]", "[]"):
+        metadata = {"format": "1", "encoder": encoder_id(predictor.model), "sizes": sizes}
+        save_file(tensors, path, metadata | {"is_batch": "false"})
+        with pytest.raises(EmbeddingError, match="damaged"):
+            predictor.load_embedding(path)
+    save_file(tensors, path)
+    with pytest.raises(EmbeddingError, match="holds no embeddings saved by a predictor"):
         predictor.load_embedding(path)
     path.write_bytes(data)
     with torch.no_grad():

@@ -234,6 +234,7 @@ def test_the_command_segments_and_says_what_is_wrong(
     for arguments, message in (
         ([], "say mode=points"),
         (["mode=points"], "points=[[x,y,label],...]"),
+        (["mode=points", "points=[[1,2,1]]", "boxes=[[1,2,3,4]]"], "boxes= is of mode=boxes"),
         (["mode=points", "points=[[1,2]]"], "points=[[x,y,label],...]"),
         (["mode=boxes", "boxes=[[1,2,3]]"], "boxes=[[x0,y0,x1,y1],...]"),
         (["mode=points", "points=[[900,2,1]]", f"out={tmp_path}/x"], "lies outside"),

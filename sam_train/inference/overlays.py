@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 
 from sam_train.ops.coords import to_input_frame
@@ -14,7 +15,7 @@ from sam_train.ops.drawing import (
     overlay_masks,
 )
 from sam_train.ops.resize import resize_longest_side
-from sam_train.ops.rle import Runs
+from sam_train.ops.rle import decode
 from sam_train.structures import FOREGROUND, Annotation
 
 MASKS_AT_ONCE = 16
@@ -25,7 +26,7 @@ def draw_annotations(
 ) -> np.ndarray:
     """Tints the masks, the largest first, and draws the prompts that asked for them.
 
-    Only a few masks are held at a time, and at the picture's size.
+    Only a few masks are held at a time, and of them one at the image's size.
 
     Args:
         image: (H, W, 3) uint8.
@@ -39,14 +40,11 @@ def draw_annotations(
     if max(original_size) > longest_px:
         image = resize_longest_side(image, longest_px)
     size = (image.shape[0], image.shape[1])
-    edges = [np.linspace(0, length, n + 1) for length, n in zip(original_size, size, strict=True)]
-    cell_px = (original_size[0] / size[0]) * (original_size[1] / size[1])
     colors = distinct_colors(len(annotations))
     order = sorted(range(len(annotations)), key=lambda i: -annotations[i].area)
     for start in range(0, len(order), MASKS_AT_ONCE):
         chosen = order[start : start + MASKS_AT_ONCE]
-        covered = [Runs(annotations[i].rle).coverage(edges[1], edges[0]) for i in chosen]
-        masks = np.stack(covered) >= cell_px / 2
+        masks = np.stack([_mask(annotations[i], size) for i in chosen])
         image = overlay_masks(image, masks, colors=[colors[i] for i in chosen])
     radius_px = max(4, max(size) // 120)
     for annotation in annotations:
@@ -59,3 +57,14 @@ def draw_annotations(
             coords = to_input_frame(coords, original_size, size)
             image = draw_points(image, coords, labels, radius_px=radius_px)
     return image
+
+
+def _mask(annotation: Annotation, size: tuple[int, int]) -> np.ndarray:
+    """The (h, w) bool mask of the pixels that are covered by half at least."""
+    mask = decode(annotation.rle)
+    if mask.shape == size:
+        return mask
+    shares = cv2.resize(
+        mask.astype(np.uint8) * 255, (size[1], size[0]), interpolation=cv2.INTER_AREA
+    )
+    return shares > 127

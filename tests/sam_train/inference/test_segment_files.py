@@ -71,6 +71,18 @@ def test_results_are_samples_of_sa_1b_and_pictures(tmp_path: Path, folder: Path)
     assert difference[:18, :28].mean() > 5 * difference[24:, 34:].mean()
 
 
+def test_a_picture_of_a_large_image_is_small_and_shows_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "large.png"
+    Image.fromarray(np.full((300, 900, 3), 100, np.uint8)).save(path)
+
+    SegmentFiles(images=str(path), out=tmp_path, overlay_px=90).run(Quarter(), MADE_WITH)
+
+    with Image.open(tmp_path / "overlays/large.jpg") as overlay:
+        changed = np.abs(np.asarray(overlay).astype(int) - 100).sum(axis=2) > 30
+    assert changed.shape == (30, 90)
+    assert changed[:14, :44].mean() > 0.95 and changed[17:, 47:].mean() < 0.05
+
+
 def test_a_stop_loses_only_the_open_image(tmp_path: Path, folder: Path) -> None:
     files = SegmentFiles(images=str(folder), out=tmp_path / "out")
     with pytest.raises(KeyboardInterrupt):

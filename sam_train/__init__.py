@@ -5,12 +5,12 @@ from typing import Any
 
 _WHERE = {
     "load_model": "sam_train.checkpoints.load",
+    "sam_model_registry": "sam_train.inference.model_registry",
+    "SamPredictor": "sam_train.inference.predictor",
+    "show_masks": "sam_train.ops.show_masks",
 }
 _PLANNED = {
-    "show_masks",
     "MedSAMPredictor",
-    "sam_model_registry",
-    "SamPredictor",
     "SamAutomaticMaskGenerator",
     "build_sam2",
     "build_sam2_video_predictor",

@@ -38,6 +38,7 @@ GOES_ON = {
     "train": "goes on from the last checkpoint, or begins again where there is none",
     "convert": "goes on with what is missing",
     "precompute": "goes on with what is missing",
+    "segment": "goes on with the images that are missing",
 }
 NO_NEWS = (
     "You're resuming from a checkpoint that ended before the epoch ended",  # the data module can
@@ -180,6 +181,38 @@ def precompute(cfg: DictConfig) -> None:
         f"{done.num_added} images encoded, {done.num_images} in {done.folder}, "
         f"{done.bytes_per_image / 1e6:.2f} MB each"
     )
+
+
+def segment(cfg: DictConfig) -> None:
+    """sam-segment: masks for a user's own images, as SA-1B JSON and pictures."""
+    from sam_train.checkpoints.load import load_model
+    from sam_train.inference.segment_files import SegmentFiles
+    from sam_train.models.fingerprint import model_id
+
+    if "mode" not in cfg:
+        raise ValueError(
+            "say mode=points points=[[x,y,label],...] or mode=boxes boxes=[[x0,y0,x1,y1],...]"
+        )
+    config.check_complete(cfg)
+    for name in ("points", "boxes"):
+        if cfg[name] is not None and name not in cfg.mode:
+            raise ValueError(f"{name}= is of mode={name}: say that, or leave it out")
+    _prepare_host()
+    files = SegmentFiles(
+        images=str(cfg.images),
+        out=Path(cfg.out),
+        max_bad_fraction=cfg.max_bad_fraction,
+        overlay_px=cfg.overlay_px,
+    )
+    files.find()  # a mistyped path is better known before the model is read
+    model = load_model(cfg.checkpoint, device=_device(cfg.device), img_size=cfg.img_size)
+    segmenter = config.instantiate(cfg.mode, model=model)
+    made_with = {
+        "checkpoint": str(cfg.checkpoint),
+        "model": model_id(model),
+        "mode": config.plain(cfg.mode, resolve=True),
+    }
+    print(files.run(segmenter, made_with))
 
 
 def _prepare_host() -> None:
@@ -432,9 +465,9 @@ JOBS: dict[str, Callable[[DictConfig], None]] = {
     "eval": evaluate,
     "convert": convert,
     "precompute": precompute,
+    "segment": segment,
 }
 PLANNED = {
-    "segment": "masks for your own images, automatically or from points and boxes",
     "export": "official .pth, Hugging Face and ONNX files",
 }
 

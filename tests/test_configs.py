@@ -96,7 +96,7 @@ def test_there_are_recipes() -> None:
     assert "quickstart" in RECIPES
 
 
-@pytest.mark.parametrize("root", ["train", "eval", "precompute"])
+@pytest.mark.parametrize("root", ["train", "eval", "precompute", "segment"])
 def test_a_command_composes_as_it_stands(root: str) -> None:
     assert isinstance(config.compose(root), DictConfig)
 

@@ -185,19 +185,30 @@ def encode_record(
     """
     if suffix not in IMAGE_SUFFIXES:
         raise ValueError(f"suffix is one of {IMAGE_SUFFIXES}, got {suffix!r}")
+    content = json_content(record, image_id=image_id, file_name=f"{record.key}.{suffix}")
+    if image_bytes is None:
+        image_bytes = _encode_image(record.image, suffix, quality)
+    return {suffix: image_bytes, "json": json.dumps(content, separators=(",", ":")).encode()}
+
+
+def json_content(record: ImageRecord, *, image_id: int, file_name: str) -> dict[str, Any]:
+    """What a sample's JSON holds, as plain values.
+
+    Args:
+        record: what to write; an optional field that is None is left out.
+        image_id: SA-1B's number of the image.
+        file_name: of the image.
+    """
     height, width = record.size
-    content = {
+    return {
         "image": {
             "image_id": image_id,
             "width": width,
             "height": height,
-            "file_name": f"{record.key}.{suffix}",
+            "file_name": file_name,
         },
         "annotations": [_entry(annotation) for annotation in record.annotations],
     }
-    if image_bytes is None:
-        image_bytes = _encode_image(record.image, suffix, quality)
-    return {suffix: image_bytes, "json": json.dumps(content, separators=(",", ":")).encode()}
 
 
 def _encode_image(pixels: np.ndarray, suffix: str, quality: int) -> bytes:

@@ -131,7 +131,7 @@ class DamageTally:
             raise UnusableSourceError(
                 f"{self.source}: {self.num_bad} of {self.seen} samples read are damaged ({names}), "
                 f"more than max_bad_fraction={self.max_bad_fraction} allows; each is named with its "
-                "reason in the log. Mend the shards, or raise max_bad_fraction"
+                "reason in the log. Mend them, or raise max_bad_fraction"
             )
 
 

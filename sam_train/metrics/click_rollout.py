@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from sam_train.data.source import sample_seed
 from sam_train.metrics.clicks import NOC_IOUS, REPORTED_CLICKS, ClickCurves
 from sam_train.models.sam import Sam
 from sam_train.ops.boxes import masks_to_boxes
-from sam_train.ops.coords import preprocess_shape, to_input_frame
+from sam_train.ops.coords import to_input_frame
 from sam_train.ops.drawing import ClickStep
 from sam_train.ops.masks import mask_area, mask_iou
+from sam_train.ops.resize import resize_longest_side
 from sam_train.ops.rle import decode_many
 from sam_train.prompts.draws import PromptDraws
 from sam_train.prompts.masks import best_candidate, chosen_logits
@@ -50,15 +50,13 @@ class EncodedImage:
     def encode(cls, model: Sam, image: np.ndarray) -> EncodedImage:
         """Resizes an (H, W, 3) uint8 RGB image to the model input and encodes it."""
         side = model.image_encoder.img_size
-        height, width = image.shape[:2]
-        input_size = preprocess_shape(height, width, side)
-        # Bilinear with antialiasing, as in training and in segment_anything's ResizeLongestSide.
-        resized = Image.fromarray(image).resize(input_size[::-1], Image.Resampling.BILINEAR)
+        resized = resize_longest_side(image, side)
+        input_size = resized.shape[0], resized.shape[1]
         padded = np.zeros((side, side, 3), np.uint8)
-        padded[: input_size[0], : input_size[1]] = np.asarray(resized)
+        padded[: input_size[0], : input_size[1]] = resized
         images = torch.from_numpy(padded).permute(2, 0, 1)[None].to(model.device)
         features = model.encode(images, torch.tensor([input_size], device=model.device))
-        return cls(model, features, (height, width), input_size)
+        return cls(model, features, (image.shape[0], image.shape[1]), input_size)
 
     def decode(self, prompts: Prompts, multimask_output: bool) -> MaskPrediction:
         """Answers prompts in the original frame."""

@@ -1,4 +1,4 @@
-"""What an image encoder is, in a short text: the same text, the same embeddings."""
+"""What an image encoder or a model is, in a short text: the same text, the same embeddings or answers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,17 @@ from sam_train.models.sam import Sam
 
 def encoder_id(model: Sam) -> str:
     """32 hexadecimal digits of the encoder's weights, its input size and its normalisation."""
+    return _digest(model, dict(model.image_encoder.state_dict()))
+
+
+def model_id(model: Sam) -> str:
+    """The same of the whole model: the same text, the same answers."""
+    return _digest(model, dict(model.state_dict()))
+
+
+def _digest(model: Sam, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     encoder = model.image_encoder
-    tensors: dict[str, Tensor] = dict(encoder.state_dict())
     tensors |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
     digest.update(f"{type(encoder).__name__} {encoder.img_size}".encode())
     for name, tensor in sorted(tensors.items()):

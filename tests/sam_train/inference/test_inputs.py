@@ -1,0 +1,104 @@
+"""Images of many kinds: taken by a stated rule, or refused with one sentence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sam_train.data.shards import decode_image
+from sam_train.inference.inputs import InputError, read_pixels
+
+GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+RGB = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (RGB, RGB),
+        (GREY, GREY[..., None].repeat(3, 2)),
+        (GREY[..., None], GREY[..., None].repeat(3, 2)),
+        (np.dstack([GREY, GREY[::-1]]), GREY[..., None].repeat(3, 2)),
+        (np.dstack([RGB, GREY]), RGB),
+        (RGB.astype(np.int64), RGB),
+        (RGB / 255, RGB),
+        ((RGB / 255).astype(np.float32), RGB),
+        (GREY.astype(np.uint16) * 100 + 7, np.rint(GREY * (255 / 220))[..., None].repeat(3, 2)),
+        (np.full((3, 4), 900, np.uint16), np.zeros((3, 4, 3))),
+        (np.dstack([GREY.astype(np.uint16)] * 3 + [np.full((3, 4), 65535, np.uint16)]), None),
+        (Image.fromarray(RGB), RGB),
+        (Image.fromarray(GREY), GREY[..., None].repeat(3, 2)),
+        (Image.fromarray(np.dstack([RGB, GREY])), RGB),
+        (Image.fromarray(GREY > 100), (GREY > 100)[..., None].repeat(3, 2) * 255),
+        (RGB[:, ::-1, ::-1], RGB[:, ::-1, ::-1]),
+    ],
+    ids=[
+        "rgb",
+        "grey",
+        "grey with an axis",
+        "grey and alpha",
+        "alpha",
+        "integers",
+        "float64",
+        "float32",
+        "16 bit",
+        "16 bit of one value",
+        "16 bit, alpha is not stretched",
+        "pillow",
+        "pillow grey",
+        "pillow alpha",
+        "pillow of one bit",
+        "a view",
+    ],
+)
+def test_images_are_taken_by_the_stated_rules(image: Any, expected: np.ndarray | None) -> None:
+    if expected is None:
+        expected = np.rint(GREY * (255 / 220))[..., None].repeat(3, 2)
+
+    pixels = read_pixels(image)
+
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(pixels, expected)
+
+
+def test_sixteen_bit_arrays_are_taken_as_sixteen_bit_files_are(tmp_path: Any) -> None:
+    deep = np.random.default_rng(1).integers(300, 5000, (5, 6)).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+
+    from_file = decode_image((tmp_path / "deep.png").read_bytes(), (5, 6))
+
+    np.testing.assert_array_equal(read_pixels(deep), from_file)
+    np.testing.assert_array_equal(read_pixels(Image.open(tmp_path / "deep.png")), from_file)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.zeros(3, 4, 4), "is for set_torch_image"),
+        (RGB.tolist(), "NumPy array"),
+        (RGB.transpose(2, 0, 1).repeat(2, 2), r"transpose\(1, 2, 0\)"),
+        (np.zeros((6, 5, 7), np.uint8), r"got shape \(6, 5, 7\)$"),
+        (np.zeros((0, 4, 3), np.uint8), "with pixels"),
+        (np.zeros((2, 2, 2, 3), np.uint8), "got shape"),
+        (RGB.astype(np.float32), "values from 0 to 1"),
+        (np.full((2, 2), np.nan), "values from 0 to 1, got nan"),
+        (RGB.astype(np.int16) - 300, "integers from 0 to 255"),
+        (GREY > 3, "got bool"),
+        (RGB.astype(complex), "got complex"),
+    ],
+)
+def test_others_are_refused_with_one_sentence(image: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        read_pixels(image)
+    assert "\n" not in str(caught.value)
+
+
+def test_models_of_other_channels_take_their_own_number() -> None:
+    assert read_pixels(GREY, in_chans=1).shape == (3, 4, 1)
+    assert read_pixels(np.zeros((3, 4, 5), np.uint8), in_chans=5).shape == (3, 4, 5)
+    with pytest.raises(InputError, match="an image of 1 channels"):
+        read_pixels(RGB, in_chans=1)

@@ -149,6 +149,19 @@ def precompute(cfg: DictConfig) -> None:
     )
 
 
+def export(cfg: DictConfig) -> None:
+    """sam-export: hands a checkpoint to other software, in its own format."""
+    config.check_complete(cfg)
+    from sam_train.checkpoints.load import load_model
+    from sam_train.export import place
+
+    out, form = Path(cfg.out), config.instantiate(cfg.format)
+    place.check_free(out, is_folder=form.is_folder, overwrite=cfg.overwrite)
+    model = load_model(cfg.checkpoint, img_size=cfg.img_size)
+    report = place.write_whole(out, lambda made: form.write(model, made), owned=form.owned)
+    print("\n".join([f"{out}", *(f"  {line}" for line in report)]))
+
+
 def _prepare_host() -> None:
     import torch
 
@@ -387,10 +400,10 @@ JOBS: dict[str, Callable[[DictConfig], None]] = {
     "eval": evaluate,
     "convert": convert,
     "precompute": precompute,
+    "export": export,
 }
 PLANNED = {
     "segment": "masks for your own images, automatically or from points and boxes",
-    "export": "official .pth, Hugging Face and ONNX files",
 }
 
 

@@ -86,15 +86,11 @@ class OnnxDecoder(nn.Module):
     )
     OUTPUTS = ("masks", "iou_predictions", "low_res_masks")
 
-    image_pe: Tensor
-
     def __init__(self, model: Sam, *, return_single_mask: bool = True) -> None:
         super().__init__()
         self.img_size = model.image_encoder.img_size
         self.prompt_encoder, self.mask_decoder = model.prompt_encoder, model.mask_decoder
         self.return_single_mask = return_single_mask
-        # A constant of the graph, not sines to take for every prompt.
-        self.register_buffer("image_pe", model.prompt_encoder.get_dense_pe(), persistent=False)
         self.eval()
 
     def forward(
@@ -110,7 +106,10 @@ class OnnxDecoder(nn.Module):
         without = self._start(image_embeddings, Prompts(point_coords, labels))
         with_mask = self._start(image_embeddings, Prompts(point_coords, labels, mask_input))
         start = _choose(has_mask_input > 0.5, with_mask, without)
-        masks, ious = self.mask_decoder.answer(start, self.image_pe, None, slice(None))
+        # Taken in the graph, for the runtime to fold when it opens the file: as a constant it is stored
+        # once a layer, 4 MB each for SAM at 1024 px.
+        image_pe = self.prompt_encoder.get_dense_pe()
+        masks, ious = self.mask_decoder.answer(start, image_pe, None, slice(None))
         if self.return_single_mask:
             masks, ious = best_candidate(masks, ious, self._scores(ious, point_coords.shape[1]))
         return self._at_original_size(masks, orig_im_size), ious, masks

@@ -215,6 +215,19 @@ def segment(cfg: DictConfig) -> None:
     print(files.run(segmenter, made_with))
 
 
+def export(cfg: DictConfig) -> None:
+    """sam-export: hands a checkpoint to other software, in its own format."""
+    config.check_complete(cfg)
+    from sam_train.checkpoints.load import load_model
+    from sam_train.export import place
+
+    out, form = Path(cfg.out), config.instantiate(cfg.format)
+    place.check_free(out, is_folder=form.is_folder, overwrite=cfg.overwrite)
+    model = load_model(cfg.checkpoint, img_size=cfg.img_size)
+    report = place.write_whole(out, lambda made: form.write(model, made), owned=form.owned)
+    print("\n".join([f"{out}", *(f"  {line}" for line in report)]))
+
+
 def _prepare_host() -> None:
     import torch
 
@@ -466,9 +479,7 @@ JOBS: dict[str, Callable[[DictConfig], None]] = {
     "convert": convert,
     "precompute": precompute,
     "segment": segment,
-}
-PLANNED = {
-    "export": "official .pth, Hugging Face and ONNX files",
+    "export": export,
 }
 
 
@@ -487,8 +498,6 @@ def run(verb: str, argv: Sequence[str]) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         argv = _without_verb(verb, argv)
-        if verb in PLANNED:
-            raise ValueError(f"not built yet. It will give: {PLANNED[verb]}")
         arguments = cli_arguments.parse(argv)
         with stop_signals.as_ctrl_c() if verb == "train" else nullcontext():
             _run_hydra(verb, arguments)
@@ -510,7 +519,7 @@ def _without_verb(verb: str, argv: Sequence[str]) -> list[str]:
     first = argv[0] if argv else ""
     if first == verb:
         return list(argv[1:])
-    if first in JOBS or first in PLANNED:
+    if first in JOBS:
         raise ValueError(f"'{first}' is another command: sam-{first} {' '.join(argv[1:])}")
     return list(argv)
 
@@ -564,8 +573,8 @@ def _report(verb: str, arguments: cli_arguments.Arguments, error: BaseException)
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m sam_train.cli VERB name=value ...`: the command named by the leading verb."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or (arguments[0] not in JOBS and arguments[0] not in PLANNED):
-        verbs = ", ".join([*JOBS, *PLANNED])
+    if not arguments or arguments[0] not in JOBS:
+        verbs = ", ".join(JOBS)
         print(f"expected a verb first, one of {verbs}; then name=value ...", file=sys.stderr)
         return MISTAKE
     return run(arguments[0], arguments)

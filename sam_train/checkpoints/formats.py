@@ -17,7 +17,13 @@ from sam_train.checkpoints.files import (
     CheckpointError,
     load_torch_file,
 )
-from sam_train.checkpoints.hugging_face import download, load_settings, load_tensors, weight_files
+from sam_train.checkpoints.hugging_face import (
+    download,
+    load_pixel_statistics,
+    load_settings,
+    load_tensors,
+    weight_files,
+)
 from sam_train.checkpoints.sam_keys import (
     MOBILE_SAM,
     OFFICIAL_VIT,
@@ -159,6 +165,7 @@ def _read_hugging_face(folder: Path, files: list[Path]) -> Checkpoint:
     num_inner = len({name.split(".")[3] for name in stored if name.startswith(inner)})
     checkpoint = _checkpoint(folder, hugging_face(iou_head_depth=num_inner + 2), stored)
     checkpoint.config["mask_decoder"]["transformer"].update(settings)
+    checkpoint.config.update(load_pixel_statistics(folder))
     return checkpoint
 
 

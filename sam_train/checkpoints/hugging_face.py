@@ -36,7 +36,7 @@ _FIXED: dict[str, Any] = {
 def download(name: str) -> Path:
     """The folder of a hub model such as `facebook/sam-vit-base`, from the cache or the network."""
     try:
-        patterns = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+        patterns = ["*config.json", "*.safetensors", "*.safetensors.index.json"]
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise CheckpointError(
@@ -92,6 +92,21 @@ def load_settings(folder: Path) -> dict[str, Any]:
         # transformers has 1e-6 here, where the published model has torch's 1e-5.
         "layer_norm_eps": _look_up(settings, "mask_decoder_config.layer_norm_eps", 1e-6),
     }
+
+
+def load_pixel_statistics(folder: Path) -> dict[str, list[float]]:
+    """`Sam`'s pixel_mean and pixel_std, where the folder says how pictures are normalised."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (folder / name).is_file():
+            settings = load_json(folder / name)
+            settings = settings.get("image_processor", settings)
+            scale = settings.get("rescale_factor") or 1 / 255
+            return {
+                ours: [round(value / scale, 4) for value in settings[theirs]]
+                for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
+                if isinstance(settings.get(theirs), list)
+            }
+    return {}
 
 
 def _look_up(settings: dict[str, Any], name: str, default: Any) -> Any:

@@ -13,13 +13,19 @@ from safetensors.torch import save_file
 from timm.layers.pos_embed import resample_abs_pos_embed_nhwc
 from torch import Tensor
 
+from sam_train.checkpoints.build import build_model
 from sam_train.checkpoints.sam_keys import MOBILE_SAM, OFFICIAL_VIT, KeyTable, hugging_face
-from sam_train.checkpoints.sam_sizes import SamSizes
+from sam_train.checkpoints.sam_sizes import SamSizes, pixel_statistics
 from sam_train.models.image_encoder import SamVitEncoder, TinyVitEncoder
-from sam_train.models.sam import Sam
+from sam_train.models.mask_decoder import MaskDecoder
+from sam_train.models.prompt_encoder import PromptEncoder
+from sam_train.models.sam import SAM_PIXEL_MEAN, SAM_PIXEL_STD, Sam
+from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.ops.files import write_atomically
 
 _IMAGENET_CLASSES = 1000
+_MOBILE_SAM_SIZE = 1024
+PREPROCESSOR_CONFIG = "preprocessor_config.json"
 
 
 def to_official_state_dict(model: Sam) -> dict[str, Tensor]:
@@ -29,17 +35,25 @@ def to_official_state_dict(model: Sam) -> dict[str, Tensor]:
     layer-norm epsilon of 1e-5 in the decoder whatever the file says.
 
     Raises:
-        ValueError: the published code cannot express the model.
+        ValueError: the published code cannot express the model; the message gives every reason.
     """
-    if model.mask_decoder.transformer.num_heads != 8:
-        raise ValueError(
-            "the official format has 8 heads in the mask decoder, "
-            f"got {model.mask_decoder.transformer.num_heads}"
+    is_tiny_vit = isinstance(model.image_encoder, TinyVitEncoder)
+    problems = [] if is_tiny_vit else _foreign_encoder(model)
+    problems += _foreign_parts(model)
+    if is_tiny_vit and model.image_encoder.img_size != _MOBILE_SAM_SIZE:
+        problems.append(
+            f"runs a TinyViT at {_MOBILE_SAM_SIZE} px alone, got {model.image_encoder.img_size} "
+            f"(export with img_size={_MOBILE_SAM_SIZE})"
         )
-    _check_prompts(model, "official")
-    if isinstance(model.image_encoder, TinyVitEncoder):
+    if getattr(model.mask_decoder.transformer, "num_heads", 8) != 8:
+        problems.append(
+            f"has 8 heads in the mask decoder, got {model.mask_decoder.transformer.num_heads}"
+        )
+    problems += _foreign_statistics(model)
+    _refuse("official", problems)
+    if is_tiny_vit:
         return _renamed(model, MOBILE_SAM) | _mobile_sam_classifier(model.image_encoder)
-    return _renamed(_checked_vit(model, "official"), OFFICIAL_VIT)
+    return _renamed(model, OFFICIAL_VIT)
 
 
 def save_official(model: Sam, path: str | Path) -> None:
@@ -52,61 +66,28 @@ def to_hugging_face(model: Sam) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The content of `transformers`' config.json and the weights by `SamModel`'s names.
 
     Raises:
-        ValueError: `SamModel` cannot express the model.
+        ValueError: `SamModel` cannot express the model; the message gives every reason.
     """
-    _checked_vit(model, "Hugging Face")
-    _check_prompts(model, "Hugging Face")
+    problems = [*_foreign_encoder(model), *_foreign_parts(model)]
     depth = len(model.mask_decoder.iou_prediction_head.layers)
     if depth < 2:
-        raise ValueError(
-            f"the Hugging Face format needs an iou_head_depth of 2 or more, got {depth}"
-        )
+        problems.append(f"needs an iou_head_depth of 2 or more, got {depth}")
+    _refuse("Hugging Face", problems)
     return _hugging_face_config(model), _renamed(model, hugging_face(depth))
 
 
 def save_hugging_face(model: Sam, folder: str | Path) -> None:
-    """Writes the folder that `SamModel.from_pretrained` loads; the config.json last."""
+    """Writes the folder that `SamModel` and `SamProcessor` load with `from_pretrained`; config.json last."""
     config, state = to_hugging_face(model)
-    text = json.dumps(config, indent=2) + "\n"
     write_atomically(
         Path(folder) / "model.safetensors",
         partial(save_file, state, metadata={"format": "pt"}),
     )
-    write_atomically(Path(folder) / "config.json", text)
+    for name, content in ((PREPROCESSOR_CONFIG, _preprocessor(model)), ("config.json", config)):
+        write_atomically(Path(folder) / name, json.dumps(content, indent=2) + "\n")
 
 
-def _checked_vit(model: Sam, form: str) -> Sam:
-    if not isinstance(model.image_encoder, SamVitEncoder):
-        raise ValueError(
-            f"the {form} format has no place for a {type(model.image_encoder).__name__}; "
-            "expected a model with SAM's own ViT"
-        )
-    return model
-
-
-def _check_prompts(model: Sam, form: str) -> None:
-    parts = {
-        "prompt_encoder.drawing": model.prompt_encoder.drawing,
-        "mask_decoder.first_guess": model.mask_decoder.first_guess,
-    }
-    for name, part in parts.items():
-        if part is not None:
-            raise ValueError(
-                f"the {form} format has no place for a {type(part).__name__}; "
-                f"expected a model without {name}"
-            )
-
-
-def _renamed(model: Sam, table: KeyTable) -> dict[str, Tensor]:
-    state = {}
-    for name, tensor in _at_running_size(model).items():
-        theirs = table.theirs(name)
-        assert theirs is not None, name
-        state[theirs] = tensor.detach().cpu().contiguous()
-    return state
-
-
-def _at_running_size(model: Sam) -> dict[str, Tensor]:
+def at_running_size(model: Sam) -> dict[str, Tensor]:
     """The weights with positions for `img_size`, where they are stored for another size."""
     state: dict[str, Tensor] = dict(model.state_dict())
     name = "image_encoder.backbone.pos_embed"
@@ -119,6 +100,71 @@ def _at_running_size(model: Sam) -> dict[str, Tensor]:
         for axis in ("h", "w") if block.window_size == 0 else ():
             name = f"image_encoder.backbone.blocks.{i}.attn.rel_pos_{axis}"
             state[name] = F.interpolate(state[name].T[None], 2 * grid - 1, mode="linear")[0].T
+    return state
+
+
+def _refuse(form: str, problems: list[str]) -> None:
+    if problems:
+        raise ValueError(
+            f"the {form} format {'; it '.join(problems)}. The onnx format has none of these limits"
+        )
+
+
+def _foreign_encoder(model: Sam) -> list[str]:
+    encoder = model.image_encoder
+    if type(encoder) is SamVitEncoder:
+        return []
+    return [
+        f"has no place for a {type(encoder).__name__} (image_encoder; expected SAM's own ViT: "
+        "model=sam_vit_b, sam_vit_tiny, ...)"
+    ]
+
+
+def _foreign_parts(model: Sam) -> list[str]:
+    """Parts whose weights or ways the published decoder and prompt encoder do not have."""
+    expected = (
+        ("prompt_encoder", model.prompt_encoder, PromptEncoder),
+        ("prompt_encoder.drawing", model.prompt_encoder.drawing, type(None)),
+        ("mask_decoder", model.mask_decoder, MaskDecoder),
+        ("mask_decoder.first_guess", model.mask_decoder.first_guess, type(None)),
+        ("mask_decoder.transformer", model.mask_decoder.transformer, TwoWayTransformer),
+    )
+    problems = [
+        f"has no place for a {type(part).__name__} ({name})"
+        for name, part, kind in expected
+        if type(part) is not kind
+    ]
+    return problems or _foreign_tensors(model)
+
+
+def _foreign_tensors(model: Sam) -> list[str]:
+    """Weights beyond those of a published model of the same sizes: adapters, heads of a user's own."""
+    if type(model.image_encoder) not in (SamVitEncoder, TinyVitEncoder):
+        return []
+    state = model.state_dict()
+    with torch.device("meta"):
+        published = build_model(SamSizes("the model", OFFICIAL_VIT, state).config()).state_dict()
+    extra = [name for name in state if name not in published]
+    if not extra:
+        return []
+    return [f"has no place for {len(extra)} tensors: {', '.join(extra[:5])}"]
+
+
+def _foreign_statistics(model: Sam) -> list[str]:
+    in_chans = model.image_encoder.in_chans
+    for name, usual in pixel_statistics(SAM_PIXEL_MEAN, SAM_PIXEL_STD, in_chans).items():
+        values = getattr(model, name).flatten().cpu()
+        if not torch.allclose(values, torch.tensor(usual)):
+            return [f"does not hold {name}: expected SAM's {usual}, got {values.tolist()}"]
+    return []
+
+
+def _renamed(model: Sam, table: KeyTable) -> dict[str, Tensor]:
+    state = {}
+    for name, tensor in at_running_size(model).items():
+        theirs = table.theirs(name)
+        assert theirs is not None, name  # all others were refused
+        state[theirs] = tensor.detach().cpu().contiguous()
     return state
 
 
@@ -135,7 +181,7 @@ def _mobile_sam_classifier(encoder: TinyVitEncoder) -> dict[str, Tensor]:
 
 
 def _hugging_face_config(model: Sam) -> dict[str, Any]:
-    sizes = SamSizes("the model", OFFICIAL_VIT, _at_running_size(model)).config()
+    sizes = SamSizes("the model", OFFICIAL_VIT, at_running_size(model)).config()
     encoder, decoder = sizes["image_encoder"], sizes["mask_decoder"]
     transformer = decoder["transformer"]
     return {
@@ -177,3 +223,29 @@ def _hugging_face_config(model: Sam) -> dict[str, Any]:
             "layer_norm_eps": model.mask_decoder.transformer.layer_norm_eps,
         },
     }
+
+
+def _preprocessor(model: Sam) -> dict[str, Any]:
+    """What `SamProcessor` does to a picture: the longest side to `img_size`, normalised, padded."""
+    side, low_res_side = model.image_encoder.img_size, model.low_res_size
+    return {
+        "processor_class": "SamProcessor",
+        "image_processor_type": "SamImageProcessor",
+        "do_convert_rgb": model.image_encoder.in_chans == 3,
+        "do_resize": True,
+        "size": {"longest_edge": side},
+        "resample": 2,  # bilinear, in Pillow's numbers
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _shares_of_255(model.pixel_mean),
+        "image_std": _shares_of_255(model.pixel_std),
+        "do_pad": True,
+        "pad_size": {"height": side, "width": side},
+        "mask_size": {"longest_edge": low_res_side},
+        "mask_pad_size": {"height": low_res_side, "width": low_res_side},
+    }
+
+
+def _shares_of_255(values: Tensor) -> list[float]:
+    return [round(value / 255, 8) for value in values.flatten().tolist()]

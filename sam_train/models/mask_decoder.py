@@ -14,13 +14,14 @@ from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.structures import MaskPrediction
 
 
-class _Start(NamedTuple):
-    """What the transformer's answer is added to.
+class Start(NamedTuple):
+    """What the transformer sees, and what its answer is added to.
 
     Attributes:
         image_embeddings: (N, C, h, w).
-        sparse, dense: prompt embeddings, the guess read into the dense one.
-        high_res: (N, h, w, 4, C / 4) finer features of the image, for the upscaling.
+        sparse, dense: prompt embeddings; with a first guess, it is read into the dense one.
+        high_res: (N, h, w, 4, C / 4) finer features of the image, for the upscaling; None, as are the
+            next two, where there is no first guess.
         masks: (P, M or 1, 4h, 4w) logits.
         ious: (P, M or 1).
     """
@@ -28,9 +29,16 @@ class _Start(NamedTuple):
     image_embeddings: Tensor
     sparse: Tensor
     dense: Tensor
-    high_res: Tensor
-    masks: Tensor
-    ious: Tensor
+    high_res: Tensor | None = None
+    masks: Tensor | None = None
+    ious: Tensor | None = None
+
+
+def best_candidate(masks: Tensor, ious: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (P, M, h, w) masks and their (P, M) IoUs the ones of highest score (P, M): (P, 1, h, w), (P, 1)."""
+    best = scores.argmax(dim=1)
+    rows = torch.arange(len(best), device=best.device)
+    return masks[rows, best][:, None], ious[rows, best][:, None]
 
 
 class MaskDecoder(nn.Module):
@@ -119,39 +127,44 @@ class MaskDecoder(nn.Module):
             low_res_masks (P, M, 4h, 4w), logits, and iou_predictions (P, M); M is
             `num_multimask_outputs` or 1.
         """
-        num_prompts = len(sparse_prompt_embeddings)
         if image_index is None and len(image_embeddings) != 1:
             raise ValueError(
                 f"expected one image embedding for all prompts, got {len(image_embeddings)}: "
                 "say which image each prompt belongs to with image_index"
             )
-        start = None
-        if self.first_guess is not None:
-            start = self._start(
-                image_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings, image_index
-            )
-            image_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings = start[:3]
+        start = self.start(
+            image_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings, image_index
+        )
+        wanted = slice(1, None) if multimask_output else slice(0, 1)
+        return self.answer(start, image_pe, image_index, wanted)
+
+    def answer(
+        self, start: Start, image_pe: Tensor, image_index: Tensor | None, wanted: slice
+    ) -> tuple[Tensor, Tensor]:
+        """The masks of the wanted mask tokens: the first is the single mask's, the others the candidates'.
+
+        Args:
+            start: of `MaskDecoder.start`.
+            image_pe, image_index: as for `forward`.
+            wanted: `slice(0, 1)`, `slice(1, None)`, or all tokens.
+        """
+        image_embeddings, sparse, dense, high_res, start_masks, start_ious = start
         if image_index is not None:
             image_embeddings = image_embeddings[image_index]
+            high_res = None if high_res is None else high_res[image_index]
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat(
-            [output_tokens.expand(num_prompts, -1, -1), sparse_prompt_embeddings], dim=1
-        )
-        src = image_embeddings + dense_prompt_embeddings
+        tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
+        src = image_embeddings + dense
         tokens, image_tokens = self.transformer(src, image_pe, tokens)
-        wanted = slice(1, None) if multimask_output else slice(0, 1)
-        src, high_res = image_tokens.unflatten(1, src.shape[-2:]), None
-        if start is not None:
-            high_res = start.high_res if image_index is None else start.high_res[image_index]
-        masks = self._masks(tokens, src, wanted, high_res)
+        masks = self._masks(tokens, image_tokens.unflatten(1, src.shape[-2:]), wanted, high_res)
         ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
-        if start is None:
+        if start_masks is None or start_ious is None:
             return masks, ious
-        start_masks, start_ious = start.masks, start.ious
-        if not multimask_output and start_masks.shape[1] > 1:
-            best = start_ious.argmax(dim=1, keepdim=True)
-            start_ious = start_ious.gather(1, best)
-            start_masks = start_masks.take_along_dim(best[..., None, None], dim=1)
+        if wanted.start != 1 and start_masks.shape[1] > 1:
+            best_masks, best_ious = best_candidate(start_masks, start_ious, start_ious)
+            is_one = wanted.stop == 1
+            start_masks = best_masks if is_one else torch.cat([best_masks, start_masks], dim=1)
+            start_ious = best_ious if is_one else torch.cat([best_ious, start_ious], dim=1)
         return start_masks + masks, start_ious + ious
 
     def guess(
@@ -182,12 +195,16 @@ class MaskDecoder(nn.Module):
         embeddings, folded = image_embeddings.split([part.embed_dim, 4 * part.high_res_dim], dim=1)
         return embeddings, folded.unflatten(1, (-1, 4)).permute(0, 3, 4, 2, 1)
 
-    def _start(
+    def start(
         self, image_embeddings: Tensor, sparse: Tensor, dense: Tensor, image_index: Tensor | None
-    ) -> _Start:
-        """Guesses, and takes the numbers that came with the prompt embeddings off them again."""
+    ) -> Start:
+        """Guesses, and takes the numbers that came with the prompt embeddings off them again.
+
+        Without a first guess it only packs the arguments, which are those of `forward`.
+        """
         part = self.first_guess
-        assert part is not None
+        if part is None:
+            return Start(image_embeddings, sparse, dense)
         frame = PromptFrame.from_token(sparse[:, :1])
         guess = self.guess(image_embeddings, frame, image_index)
         embeddings, high_res = self._unfold(image_embeddings, part)
@@ -204,7 +221,7 @@ class MaskDecoder(nn.Module):
             # What is not the object is no place to start from.
             masks = masks * (frame.sign > 0)[:, :, None, None].to(masks.dtype)
             ious = guess.iou_predictions
-        return _Start(
+        return Start(
             embeddings,
             sparse[:, 1:],
             dense + part.as_dense(guess, frame.sign),

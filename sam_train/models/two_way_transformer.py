@@ -60,7 +60,7 @@ class Attention(nn.Module):
         # The keys' bias adds the same to every score of a query, which the softmax takes out again.
         folded = torch.einsum("bthd,hdc->bthc", self.scale * self._split(self.q_proj(q)), wk)
         weights = (folded.flatten(1, 2) @ k.transpose(1, 2)).softmax(dim=-1)
-        pooled = (weights @ v).unflatten(1, folded.shape[1:3])
+        pooled = (weights @ v).unflatten(1, (-1, self.num_heads))
         out = torch.einsum("bthc,hdc->bthd", pooled, wv).flatten(2) + self.v_proj.bias
         return self.out_proj(out)
 
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         bias = torch.einsum("bthd,hd->bht", keys, self._split(self.q_proj.bias))
         # Scores lie as (B, heads, T, L): a softmax over few tokens vectorises along the image.
         scores = torch.baddbmm(bias.flatten(1)[..., None], folded.flatten(1, 2), q.transpose(1, 2))
-        weights = scores.unflatten(1, folded.shape[1:3]).softmax(dim=2).flatten(1, 2)
+        weights = scores.unflatten(1, (self.num_heads, -1)).softmax(dim=2).flatten(1, 2)
         values = torch.einsum("bthd,chd->bhtc", self._split(self.v_proj(v)), wo).flatten(1, 2)
         return torch.baddbmm(self.out_proj.bias, weights.transpose(1, 2), values)
 

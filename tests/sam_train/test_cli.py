@@ -267,12 +267,6 @@ def test_eval_asks_for_what_only_the_user_knows(capsys: pytest.CaptureFixture[st
     assert "no value for data.path, checkpoint; say" in message(capsys)
 
 
-@pytest.mark.parametrize("verb", sorted(cli.PLANNED))
-def test_a_command_that_is_not_built_says_so(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.run(verb, ["checkpoint=x"]) == 2
-    assert f"sam-{verb}: not built yet" in message(capsys)
-
-
 def test_the_verb_may_lead(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--cfg", "job", "--package", "seed"]) == 0
     assert cli.main(["trian"]) == 2

@@ -83,6 +83,8 @@ class ToSample:
         if self.flips is not None:
             view = self.flips(view, rng)
         drawn = np.sort(rng.permutation(drawable)[: self.max_masks])
+        if not drawn.size:
+            return None
         try:
             runs = ManyRuns([candidates[i].rle for i in drawn.tolist()])
         except ValueError as error:  # run lengths are looked at no earlier than here
@@ -132,18 +134,10 @@ class ToSample:
     ) -> tuple[np.ndarray, np.ndarray]:
         """The (M, 4) xyxy boxes, original frame, of what is visible, and (M,) which masks show enough."""
         boxes, is_kept = boxes.copy(), np.ones(len(boxes), bool)
-        is_cut = np.flatnonzero((clipped != boxes).any(axis=1)).tolist()
-        low, high = np.floor(clipped[:, :2]), np.ceil(clipped[:, 2:])
-        x_edges, y_edges = (
-            [np.arange(low[i, axis], high[i, axis] + 1) for i in is_cut] for axis in (0, 1)
-        )
-        for i, pixels in zip(is_cut, runs.coverage(is_cut, x_edges, y_edges), strict=True):
-            rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
-            if not rows.size or pixels.sum() < self.min_visible * runs.areas[i]:
-                is_kept[i] = False
-                continue
-            ends = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-            boxes[i] = np.tile(low[i], 2) + ends
+        is_cut = np.flatnonzero((clipped != boxes).any(axis=1))
+        windows = np.hstack([np.floor(clipped[is_cut, :2]), np.ceil(clipped[is_cut, 2:])])
+        areas, boxes[is_cut] = runs.inside(is_cut.tolist(), windows)
+        is_kept[is_cut] = (areas > 0) & (areas >= self.min_visible * runs.areas[is_cut])
         return boxes, is_kept
 
     def _on_grid(

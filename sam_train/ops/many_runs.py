@@ -57,6 +57,54 @@ class ManyRuns:
         np.cumsum(counts * self.is_one, out=self._ones_before[1:])
         self.areas = self._ones_before[ends] - self._ones_before[firsts]
 
+    def inside(self, which: Sequence[int], windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What windows leave of masks, without making pixels: the work goes with runs and columns.
+
+        Args:
+            which: N masks, by index, ascending.
+            windows: (N, 4) xyxy, whole original pixels, the end exclusive.
+
+        Returns:
+            (N,) areas, and (N, 4) the tightest xyxy boxes, zeros where nothing is left; both int64.
+        """
+        height, width = self.size
+        areas, boxes = np.zeros(len(which), np.int64), np.zeros((len(which), 4), np.int64)
+        window_of = np.full(len(self.areas), -1)
+        window_of[list(which)] = np.arange(len(which))
+        starts, ends = self.edges[:-1], self.edges[1:]
+        mask = starts // (height * width)
+        wanted = np.flatnonzero(self.is_one.astype(bool) & (ends > starts))
+        wanted = wanted[window_of[mask[wanted]] >= 0]
+        # Each run in pieces that lie in one column.
+        starts, ends, mask = starts[wanted], ends[wanted], mask[wanted]
+        first, last = starts // height, (ends - 1) // height
+        num_pieces = last - first + 1
+        run = np.repeat(np.arange(len(wanted)), num_pieces)
+        nth = np.arange(len(run)) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+        column = first[run] + nth
+        of = window_of[mask[run]]
+        x0, y0, x1, y1 = windows.astype(np.int64)[of].T
+        top = np.maximum(starts[run] - column * height, y0)
+        bottom = np.minimum(ends[run] - column * height, y1)
+        column -= mask[run] * width
+        top, bottom = np.maximum(top, 0), np.minimum(bottom, height)
+        left = np.flatnonzero((column >= x0) & (column < x1) & (bottom > top))
+        if not left.size:
+            return areas, boxes
+        of, column, top, bottom = of[left], column[left], top[left], bottom[left]
+        groups = np.flatnonzero(np.diff(of, prepend=-1))
+        areas[of[groups]] = np.add.reduceat(bottom - top, groups)
+        boxes[of[groups]] = np.stack(
+            [
+                np.minimum.reduceat(column, groups),
+                np.minimum.reduceat(top, groups),
+                np.maximum.reduceat(column, groups) + 1,
+                np.maximum.reduceat(bottom, groups),
+            ],
+            axis=1,
+        )
+        return areas, boxes
+
     def coverage(
         self, which: Sequence[int], x_edges: Sequence[np.ndarray], y_edges: Sequence[np.ndarray]
     ) -> list[np.ndarray]:

@@ -1,5 +1,6 @@
 import dataclasses
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from sam_train.data.crops import LargeScaleJitter, ObjectZoom
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.shards import decode_record, encode_record
 from sam_train.data.transforms import ToSample
+from sam_train.ops import rle
+from sam_train.structures import Annotation, ImageRecord
 
 IMG, GRID = 64, 32
 ALL_FLIPS = Flips(horizontal=0.5, vertical=0.5, transpose=0.5)
@@ -237,3 +240,35 @@ def test_a_sample_is_the_same_from_a_picture_and_from_pixels_in_the_cache(make, 
     transform = to_sample(crop=crop, flips=ALL_FLIPS)
     for seed in range(20):
         assert torch.equal(transform(record, seed).image, transform(kept, seed).image)
+
+
+def test_an_image_whose_masks_are_all_too_small_to_draw_is_no_damage(make):
+    record = make.record("a", rectangle((512, 512), 100, 100, 103, 103)[None])
+
+    def damaged(reason):
+        raise AssertionError(f"taken for damaged: {reason}")
+
+    record = dataclasses.replace(record, damaged=damaged)
+    assert to_sample(min_mask_px=3.0)(record, 0) is None
+
+
+def test_many_large_masks_that_a_crop_cuts_are_never_all_there_as_pixels(make):
+    size = (1200, 1600)
+    whole = rle.encode(rectangle(size, 3, 3, 1590, 1190))
+    annotations = tuple(
+        Annotation(id=i, rle=whole, bbox=(3, 3, 1587, 1187), area=1587.0 * 1187) for i in range(40)
+    )
+    image = np.zeros((*size, 3), np.uint8)
+    record = ImageRecord("a", size, annotations, lambda: image)
+    transform = to_sample(
+        crop=LargeScaleJitter(scale=(1.1, 1.1)), max_masks=40, max_area_fraction=1
+    )
+    transform(record, 0)
+    tracemalloc.start()
+
+    sample = transform(record, 1)
+
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(sample.masks) == 40
+    assert peak < 40 * size[0] * size[1] / 4

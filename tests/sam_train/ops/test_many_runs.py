@@ -44,6 +44,25 @@ def test_coverage_is_the_exact_area_in_each_cell_of_any_grid(size, most_position
         np.testing.assert_allclose(cells, summed_area(masks[mask], x, y), atol=1e-9)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 40), (37, 1), (24, 31), (60, 17)])
+def test_what_a_window_leaves_of_a_mask_is_that_of_its_pixels(size):
+    masks, rng = random_masks(size), np.random.default_rng(1)
+    masks.append(rng.random(size) < 0.02)
+    which = np.sort(rng.permutation(len(masks))[:10]).tolist()
+    corners = np.sort(rng.integers(-1, max(size) + 2, (len(which), 2, 2)), axis=1)
+    windows = corners.reshape(-1, 4)
+
+    areas, boxes = ManyRuns([rle.encode(mask) for mask in masks]).inside(which, windows)
+
+    for i, (x0, y0, x1, y1), area, box in zip(which, windows, areas, boxes, strict=True):
+        left = np.zeros(size, bool)
+        rows, columns = slice(max(y0, 0), max(y1, 0)), slice(max(x0, 0), max(x1, 0))
+        left[rows, columns] = masks[i][rows, columns]
+        assert area == left.sum()
+        y, x = np.nonzero(left)
+        assert box.tolist() == ([x.min(), y.min(), x.max() + 1, y.max() + 1] if len(x) else [0] * 4)
+
+
 def test_many_large_masks_are_measured_as_exactly_as_one():
     """All in one row of pixels: 64 of 4,000 x 4,000 px leave a float 25 binary digits for the fractions."""
     size = (4000, 4000)

@@ -19,7 +19,7 @@ from sam_train.data.source import DamagedSampleError
 from sam_train.losses.distillation import TeacherLoss, embedding_errors
 from sam_train.metrics.agreement import TaughtMetrics, teacher_agreement
 from sam_train.metrics.click_rollout import click_rollout
-from sam_train.models.fingerprint import embedding_shape, encoder_id
+from sam_train.models.fingerprint import embedding_shape, encoder_id, model_id
 from sam_train.models.sam import Sam
 from sam_train.ops.coords import cells_inside
 from sam_train.structures import ImageBatch, ImageFeatures, ImageRecord, MaskPrediction
@@ -154,6 +154,7 @@ class Distillation(InteractiveTraining):
         super().__init__(**training)
         # Kept from torch: no submodule, so neither trained nor in a checkpoint.
         self._teacher = (teacher,)
+        self._teacher_id = ""
         self.teaching = teaching
         self.has_asked = False
         """Whether a prompt was asked since the last optimiser step."""
@@ -195,6 +196,8 @@ class Distillation(InteractiveTraining):
         stays the teacher's is taken over again.
         """
         super().setup(stage)
+        # Once, as training sets other input sizes.
+        self._teacher_id = self._teacher_id or model_id(self._teacher[0].model)
         if not self.teaching.train_decoder and (others := self._not_the_teachers()):
             log.info("%s: the teacher's, not those that the student was given", ", ".join(others))
             for name in others:
@@ -214,17 +217,21 @@ class Distillation(InteractiveTraining):
                         f"data.train_transform.{name}=null, or teacher.cache=null"
                     )
 
-    def on_fit_start(self) -> None:
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["teacher"] = self._teacher_id
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Sees that a run goes on with the teacher that it began with.
 
         Raises:
-            ValueError: it is another, whose decoder is not the one that the student has learnt to serve.
+            ValueError: it is another.
         """
-        if not self.teaching.train_decoder and (others := self._not_the_teachers()):
+        super().on_load_checkpoint(checkpoint)
+        if checkpoint.get("teacher", self._teacher_id) != self._teacher_id:
             raise ValueError(
-                f"the student's {' and '.join(others)} stay the teacher's, but teacher.checkpoint now holds "
-                "other weights than when this run began: give it the file of then, or choose another "
-                "run_dir=PATH"
+                "teacher.checkpoint now holds another model than when this run began: give it the file of "
+                "then, or choose another run_dir=PATH"
             )
 
     def _not_the_teachers(self) -> list[str]:

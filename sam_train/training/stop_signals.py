@@ -33,9 +33,10 @@ def as_ctrl_c() -> Iterator[None]:
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # no other may handle signals
         before = {number: signal.getsignal(number) for number in NUMBERS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    # Those of a library in C, None here, could not be put back.
+    before = {n: one for n, one in before.items() if one is not signal.SIG_IGN and one is not None}
+    for number in before:
+        signal.signal(number, interrupt)
     try:
         yield
     except Exception as error:

@@ -130,7 +130,7 @@ def our_loader(paths: list[str], arguments: argparse.Namespace) -> Any:
         train=source,
         val=source,
         train_transform=ToSample(img_size=side, mask_size=side // 4, max_masks=arguments.max_masks),
-        batch_size=4,
+        batch_size=arguments.batch_size,
         num_workers=arguments.workers,
     )
     return data.train_dataloader()
@@ -221,7 +221,7 @@ def decoding(paths: list[str], arguments: argparse.Namespace) -> str:
                 pixels, got = decode_reduced(sample.files["jpg"], size, shrink)
                 resized_to = tuple(max(1, round(n * side / max(size))) for n in reversed(size))
                 box = (0, 0, size[1] / got, size[0] / got)
-                resized = Image.fromarray(pixels).resize(resized_to, Image.Resampling.BILINEAR, box)
+                resized = pixels.resize(resized_to, Image.Resampling.BILINEAR, box)
                 results.append(np.asarray(resized).astype(int))
                 seconds.append(time.process_time() - start)
             if not results:
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("path", nargs="*", help="shards; none: large images made on the spot")
     parser.add_argument("--workers", type=int, default=1, help="processes; one a free core")
     parser.add_argument("--img-size", type=int, default=1024, help="side of the model input")
+    parser.add_argument("--batch-size", type=int, default=4, help="images; 8 in the small recipes")
     parser.add_argument("--max-masks", type=int, default=64, help="drawn per image")
     parser.add_argument("--samples", type=int, default=24, help="taken in one turn")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each")

@@ -76,8 +76,9 @@ def run_case(overrides: list[str]) -> dict[str, float]:
     import torch
 
     from sam_train import allocator, config
-    from sam_train.training import estimate
     from sam_train.training.finetune import freeze
+    from sam_train.training.machine_speed import measure_speed
+    from sam_train.training.step_cost import Run, phases, step_cost
 
     allocator.keep_freed_memory()
     cfg = config.compose("train", ["data.num_workers=0", "trainer.accelerator=cpu", *overrides])
@@ -111,9 +112,9 @@ def run_case(overrides: list[str]) -> dict[str, float]:
     with torch.device("meta"):
         empty = config.instantiate(cfg.task)
     freeze(empty.model, cfg.finetune)
-    run = estimate.Run(batch_size=len(batch.images), num_masks=len(batch.masks))
-    cost = estimate.step_cost(empty, run, estimate.phases(empty, run)[-1])
-    speed = estimate.measure_speed("cpu", clock=time.process_time)
+    run = Run(batch_size=len(batch.images), num_masks=len(batch.masks))
+    cost = step_cost(empty, run, phases(empty, run)[-1])
+    speed = measure_speed("cpu", clock=time.process_time)
     return {
         "peak": peak,
         "peak_estimate": cost.memory.peak,

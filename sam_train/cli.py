@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from omegaconf import DictConfig
 
 from sam_train import allocator, cli_arguments, cli_errors, config
 from sam_train.ops.files import write_atomically
+from sam_train.training import stop_signals
 from sam_train.training.comparison import FAILED
 
 if TYPE_CHECKING:
@@ -34,19 +35,23 @@ log = logging.getLogger(__name__)
 DONE, BUG, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 TRACEBACK = "SAM_TRAIN_TRACEBACK"
 GOES_ON = {
-    "train": "goes on from the last checkpoint",
+    "train": "goes on from the last checkpoint, or begins again where there is none",
     "convert": "goes on with what is missing",
     "precompute": "goes on with what is missing",
     "segment": "goes on with the images that are missing",
 }
 NO_NEWS = (
+    "You're resuming from a checkpoint that ended before the epoch ended",  # the data module can
     "Checkpoint directory .* exists and is not empty",
     "The '.*_dataloader' does not have many workers",
     r"Found \d+ module\(s\) in eval mode",  # the frozen ones, which the table of parameters tells
+    # With float16 the scaler leaves out a first step that overflows, which the guard counts.
+    r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 with torch's newest pytree
 )
 
 
+@stop_signals.as_ctrl_c()
 def train(cfg: DictConfig) -> None:
     """sam-train: trains in a run folder, or goes on there."""
     if cfg.doctor:
@@ -54,7 +59,7 @@ def train(cfg: DictConfig) -> None:
 
         print(doctor.report(cfg.paths.data))
         return
-    from sam_train.training import run_folder
+    from sam_train.training import run_lock
 
     config.check_complete(cfg)
     _prepare_host()
@@ -65,6 +70,14 @@ def train(cfg: DictConfig) -> None:
     if cfg.estimate:
         print(_estimate(cfg))
         return
+    with run_lock.held(folder):
+        _train_in(folder, cfg)
+
+
+def _train_in(folder: Path, cfg: DictConfig) -> None:
+    """Starts in a run folder, goes on there, or says that it is done."""
+    from sam_train.training import run_folder
+
     plain = config.plain(cfg, resolve=False)
     state = run_folder.inspect(folder)
     action = run_folder.decide(folder, state, plain, resume=cfg.resume)
@@ -108,13 +121,20 @@ def evaluate(cfg: DictConfig) -> None:
 
 def convert(cfg: DictConfig) -> None:
     """sam-convert: a data set to shards; or shards checked, or counted."""
-    from sam_train.convert import check, job, sample, stats
+    from sam_train.convert import check, job, manifest, sample, stats
 
+    _whole_number("num_workers", cfg.num_workers)
+    _whole_number("num_pictures", cfg.num_pictures)
+    if cfg.out is not None and Path(cfg.out).is_file():
+        raise ValueError(f"out={cfg.out} is a file, expected a folder or a name that is free")
+    if cfg.check is not None and cfg.stats is not None:
+        raise ValueError("say check=PATH or stats=PATH, one at a time")
     if cfg.check is not None:
         folder = Path(cfg.out or "outputs/check")
-        print(check.check(config.plain_value(cfg.check), folder, cfg.num_pictures, cfg.num_workers))
+        shards = _stated_shards("check", cfg.check)
+        print(check.check(shards, folder, cfg.num_pictures, cfg.num_workers))
     elif cfg.stats is not None:
-        print(stats.stats(config.plain_value(cfg.stats), Path(cfg.out or "outputs/stats")))
+        print(stats.stats(_stated_shards("stats", cfg.stats), Path(cfg.out or "outputs/stats")))
     else:
         if "data" not in cfg or cfg.out is None:
             raise ValueError("say data=NAME out=DIR to convert, check=PATH or stats=PATH")
@@ -130,7 +150,20 @@ def convert(cfg: DictConfig) -> None:
             max_bad_fraction=cfg.max_bad_fraction,
             val_share=cfg.val_share,
         )
-        print(job.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+        print(manifest.summary(conversion.run(cfg.num_workers), Path(cfg.out)))
+
+
+def _whole_number(name: str, value: object) -> None:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{name} is a whole number of 0 or more, got {value!r}")
+
+
+def _stated_shards(name: str, value: object) -> str | list[str]:
+    """What check= and stats= name: a folder called 2017 comes as a number."""
+    stated = config.plain_value(value)
+    if not (stated or stated == 0):
+        raise ValueError(f"{name}= names no shards: say {name}=PATH, as data=shards takes it")
+    return list(map(str, stated)) if isinstance(stated, list) else str(stated)
 
 
 def precompute(cfg: DictConfig) -> None:
@@ -249,16 +282,20 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
     """The training on the meta device, and its batch."""
     import torch
 
-    from sam_train.training import estimate
+    from sam_train.training.distillation import Teacher
     from sam_train.training.finetune import freeze
+    from sam_train.training.step_cost import Run
 
+    given = {}
     if "teacher" in cfg.task:
-        raise ValueError("estimate=true and data.batch_size=auto do not count a teacher yet")
+        node = config.plain(cfg.task.teacher, resolve=True)
+        del node["_target_"]
+        given["teacher"] = Teacher.without_weights(**node)
     with torch.device("meta"):
-        module = config.instantiate(cfg.task)
+        module = config.instantiate(cfg.task, **given)
     freeze(module.model, cfg.finetune)
-    most_masks = cfg.data.batch_size * config.instantiate(cfg.data.train_transform).max_masks
-    run = estimate.Run.of_trainer(
+    most_masks = cfg.data.batch_size * _max_masks(cfg.data)
+    run = Run.of_trainer(
         config.plain(cfg.trainer, resolve=True),
         batch_size=cfg.data.batch_size,
         num_masks=min(most_masks, cfg.data.max_masks_per_batch or most_masks),
@@ -266,17 +303,25 @@ def _imagined(cfg: DictConfig) -> tuple[Any, Any]:
     return module, run
 
 
+def _max_masks(data: DictConfig) -> int:
+    """The most masks that an image may have: in a mixture, of any of its sets."""
+    own = (data.get("transforms") or {}).values()
+    of_sets = [one.max_masks for one in own if "max_masks" in one]
+    return max([data.train_transform.max_masks, *of_sets])
+
+
 def _estimate(cfg: DictConfig) -> str:
     """What the run would cost, without any of its weights or data."""
     from sam_train.training import estimate
+    from sam_train.training.machine_speed import Speed, measure_speed
 
     module, run = _imagined(cfg)
     accelerator = {"auto": _device("auto"), "gpu": "cuda"}.get(cfg.trainer.accelerator)
     if cfg.estimate_tflops is not None:
-        stated = estimate.Speed(flops=1e12 * cfg.estimate_tflops)
+        stated = Speed(flops=1e12 * cfg.estimate_tflops)
         return estimate.report(module, run, stated, "a device of the stated speed")
     device = accelerator or "cpu"
-    return estimate.report(module, run, estimate.measure_speed(device, run.precision), device)
+    return estimate.report(module, run, measure_speed(device, run.precision), device)
 
 
 def _build_training(
@@ -442,7 +487,8 @@ def run(verb: str, argv: Sequence[str]) -> int:
         if verb in PLANNED:
             raise ValueError(f"not built yet. It will give: {PLANNED[verb]}")
         arguments = cli_arguments.parse(argv)
-        _run_hydra(verb, arguments)
+        with stop_signals.as_ctrl_c() if verb == "train" else nullcontext():
+            _run_hydra(verb, arguments)
     except KeyboardInterrupt:
         goes_on = GOES_ON.get(verb, "starts over")
         print(f"\nsam-{verb}: stopped by Ctrl-C. The same command {goes_on}.", file=sys.stderr)

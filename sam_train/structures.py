@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 PADDING, BACKGROUND, FOREGROUND, BOX_TOP_LEFT, BOX_BOTTOM_RIGHT = -1, 0, 1, 2, 3
 """The point labels of `Prompts`, as in the published prompt encoder and its ONNX form."""
@@ -95,8 +98,9 @@ class ImageRecord:
         load: returns the (H, W, 3) uint8 RGB pixels.
         read_file: returns the image file's bytes, None where the pixels come from no single file.
         load_reduced: returns them at 1/n of the size, rounded up, given a largest n (1, 2, 4 or 8), and
-            the n it took: pixel i covers [n * i, n * (i + 1)) of the original. None where the source
-            cannot do it for less than the full pixels cost.
+            the n it took: pixel i covers [n * i, n * (i + 1)) of the original. As an RGB picture of
+            Pillow's where they were just decoded, as what follows is mostly its resizing. None where
+            `load` is as quick.
         source: the data set's name, for logs and per-source scores.
         damaged: takes the reason why this record cannot be used after all and returns what to raise.
         cursor: where the stream that gave this record goes on after it.
@@ -112,16 +116,16 @@ class ImageRecord:
     cursor: Cursor = ()
     epoch: int = 0
     read_file: Callable[[], bytes] | None = None
-    load_reduced: Callable[[int], tuple[np.ndarray, int]] | None = None
+    load_reduced: Callable[[int], tuple[np.ndarray | Image, int]] | None = None
 
     @cached_property
     def image(self) -> np.ndarray:
         """The (H, W, 3) uint8 RGB pixels."""
         return self.load()
 
-    def reduced_image(self, shrink: int) -> tuple[np.ndarray, int]:
+    def reduced_image(self, shrink: int) -> tuple[np.ndarray | Image, int]:
         """The pixels at 1/n of the size, and n, at most `shrink`; see `load_reduced`."""
-        if self.load_reduced is None or shrink == 1 or "image" in self.__dict__:
+        if self.load_reduced is None or "image" in self.__dict__:
             return self.image, 1
         return self.load_reduced(shrink)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from os.path import isdir
@@ -17,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from sam_train.convert import pool
+from sam_train.convert.check_sample import check_sample
+from sam_train.convert.manifest import manifest_faults, sums
 from sam_train.data.image_pairs import PairItems, sa1b_source
 from sam_train.data.indexed import IndexedSource
 from sam_train.data.sa1b import is_wanted
-from sam_train.data.shards import decode_annotation, decode_image, parse_sample
+from sam_train.data.shards import decode_image, parse_sample
 from sam_train.data.tar_samples import read_samples
 from sam_train.ops import rle
 from sam_train.ops.drawing import captioned, overlay_masks, save_image
@@ -30,9 +31,6 @@ from sam_train.structures import Annotation
 PAIRS_PER_TASK = 1000
 MOST_DRAWN_PX = 2 * 10**8
 """Pixels of masks drawn on one picture."""
-
-HIGHEST = {"predicted_iou": 1.25, "stability_score": 1.0}
-"""What the optional scores do not exceed; a predicted IoU is a regression and may pass 1 by a little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +135,9 @@ def _tasks(path: str | Sequence[str], out: Path, num_pictures: int) -> list[Task
         ]
     else:
         shards = source.shards()
-        sums = {folder: _sums(folder) for folder in {Path(shard).parent for shard in shards}}
+        of_manifest = {folder: sums(folder) for folder in {Path(shard).parent for shard in shards}}
         places = [
-            {"path": shard, "sha256": sums[Path(shard).parent].get(Path(shard).name)}
+            {"path": shard, "sha256": of_manifest[Path(shard).parent].get(Path(shard).name)}
             for shard in shards
         ]
     quotas = Counter(i * len(places) // max(num_pictures, 1) for i in range(num_pictures))
@@ -151,45 +149,6 @@ def _folders(path: str | Sequence[str]) -> list[Path]:
     stated = [path] if isinstance(path, str) else path
     parts = [part for text in stated for part in str(text).split("::")]
     return [Path(found) for part in parts for found in glob.glob(part) or [part] if isdir(found)]
-
-
-def _manifest(folder: Path) -> dict[str, Any]:
-    """The splits by the manifest in a folder, each with its `shards`; none if there is no such file."""
-    try:
-        splits = json.loads((folder / "manifest.json").read_text())["splits"]
-        for split in splits.values():
-            for entry in split["shards"]:
-                entry["name"], entry["sha256"]  # else somebody else's
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
-    return dict(splits)
-
-
-def _sums(folder: Path) -> dict[str, str]:
-    """The shards' SHA-256 by the manifest beside them."""
-    shards = [entry for split in _manifest(folder).values() for entry in split["shards"]]
-    return {entry["name"]: entry["sha256"] for entry in shards}
-
-
-def manifest_faults(
-    folder: Path, found: Mapping[str, tuple[int, int]]
-) -> Iterator[tuple[str, str]]:
-    """Shards that a folder's manifest names and that are gone, and splits of other totals than it states.
-
-    Args:
-        folder: of the manifest.
-        found: numbers of images and masks, by the path of their shard.
-    """
-    counts = {Path(path): both for path, both in found.items()}
-    for name, split in _manifest(folder).items():
-        paths = [folder / entry["name"] for entry in split["shards"]]
-        absent = [path for path in paths if path not in counts]
-        yield from ((str(path), "manifest.json names it, and it is absent") for path in absent)
-        for number, what in enumerate(("images", "masks")):
-            total = sum(counts[path][number] for path in paths if path in counts)
-            if not absent and split.get(what, total) != total:
-                reason = f"manifest.json states {split[what]} {what}, its shards hold {total}"
-                yield f"{folder}: {name}", reason
 
 
 def check_task(task: Task) -> Iterator[Checked]:
@@ -228,59 +187,6 @@ def _samples(task: Task) -> Iterator[tuple[str, Mapping[str, bytes]]]:
     else:
         for sample in read_samples(task.path, is_wanted):
             yield sample.key, sample.files
-
-
-def check_sample(files: Mapping[str, bytes]) -> tuple[list[Annotation], list[str]]:
-    """A sample's annotations that can be read, and everything that is wrong with it.
-
-    The image decodes and has the stated size. Each mask's run lengths have that size and sum, and a pixel
-    at least; `area` is theirs, `bbox` within a pixel (SA-1B's own ends at the last pixel, ours after it).
-    Scores are in range, points and crop boxes inside the image.
-    """
-    try:
-        suffix, size, entries = parse_sample(files)
-    except ValueError as error:
-        return [], [str(error)]
-    faults: list[str] = []
-    try:
-        decode_image(files[suffix], size)
-    except ValueError as error:
-        faults.append(str(error))
-    annotations = []
-    for index, entry in enumerate(entries):
-        try:
-            annotation = decode_annotation(index, entry, size)
-            annotations.append(annotation)
-            runs = rle.Runs(annotation.rle)
-        except ValueError as error:
-            text = str(error)
-            faults.append(text if text.startswith("annotation") else f"annotation {index}: {text}")
-            continue
-        faults += [f"annotation {index}: {fault}" for fault in _mismatches(annotation, runs, size)]
-    return annotations, faults
-
-
-def _mismatches(annotation: Annotation, runs: rle.Runs, size: tuple[int, int]) -> Iterable[str]:
-    area = runs.area
-    x0, y0, x1, y1 = runs.box()
-    box = (x0, y0, x1 - x0, y1 - y0)
-    if area == 0:
-        yield "its mask is empty"
-    if annotation.area != area:
-        yield f"its area is {annotation.area:g}, that of its RLE {area}"
-    if np.abs(np.subtract(annotation.bbox, box)).max() > 1:
-        yield f"its bbox is {list(annotation.bbox)}, that of its RLE {list(box)}"
-    for name, highest in HIGHEST.items():
-        value = getattr(annotation, name)
-        if value is not None and not 0 <= value <= highest:
-            yield f"its {name} is {value:g}, expected 0 to {highest:g}"
-    for x, y in annotation.point_coords or ():
-        if not (0 <= x <= size[1] and 0 <= y <= size[0]):
-            yield f"its point ({x:g}, {y:g}) is outside the image"
-    if (crop := annotation.crop_box) is not None and not (
-        min(crop) >= 0 and crop[0] + crop[2] <= size[1] + 1 and crop[1] + crop[3] <= size[0] + 1
-    ):
-        yield f"its crop_box {list(crop)} is outside the image"
 
 
 def _draw(

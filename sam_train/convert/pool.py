@@ -79,7 +79,13 @@ def _receive(connection: Connection) -> Any:
 class _Failure:
     def __init__(self, error: Exception) -> None:
         self.is_expected = isinstance(error, ValueError | OSError)
-        self.text = str(error) if self.is_expected else traceback.format_exc()
+        self.text = _text(error) if self.is_expected else traceback.format_exc()
+
+
+def _text(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _work(connection: Connection, function: Callable[[Any], Iterable[Any]]) -> None:

@@ -39,6 +39,14 @@ class ShardSettings:
     keys: str = "original"
 
     def __post_init__(self) -> None:
+        for name in ("images_per_shard", "min_area", "quality"):
+            if type(value := getattr(self, name)) is not int:
+                raise ValueError(f"{name} is a whole number, got {value!r}")
+        if type(self.shard_mb) not in (int, float) or type(self.keep_empty) is not bool:
+            raise ValueError(
+                f"shard_mb is a number and keep_empty true or false, got {self.shard_mb!r} and "
+                f"{self.keep_empty!r}"
+            )
         if self.shard_mb <= 0 or self.images_per_shard < 1:
             raise ValueError(
                 f"expected shard_mb > 0 and images_per_shard >= 1, got {self.shard_mb} and "

@@ -22,7 +22,7 @@ class TarWriter:
         self.num_bytes = 0
         self._unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
         self._file = _Summed(self._unfinished)
-        self._tar = tarfile.open(fileobj=self._file, mode="w|", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, files: Mapping[str, bytes]) -> None:
         """Adds a sample's files, by suffix."""
@@ -54,5 +54,10 @@ class _Summed(io.FileIO):
         self.sum.update(data)
         written = 0
         while written < len(data):
-            written += super().write(data[written:]) or 0
+            try:
+                written += super().write(data[written:]) or 0
+            except OSError as error:
+                self.close()
+                said = f"{error.strerror}. Finished shards are kept: mend that and start again"
+                raise OSError(error.errno, said, str(self.name)) from None
         return written

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from sam_train.data.coco_images import ImageFolder
 from sam_train.data.coco_index import CocoIndex, build_index, usable_polygons
+from sam_train.data.file_lists import make_texts
 from sam_train.data.image_files import header_size, read_image, read_labels
 from sam_train.data.label_images import annotations_of
 from sam_train.ops import rle
@@ -30,7 +32,7 @@ class CocoItems:
     are measured on these, whatever the file says.
 
     Attributes:
-        images: the folder that `file_name` is looked for in.
+        images: the folder that `file_name` is looked for in (see `ImageFolder`).
         annotations: the JSON file, parsed when first asked for; only places in it are kept (see `CocoIndex`).
         include_crowds: whether `iscrowd` regions, each a mask of many objects, count as masks.
     """
@@ -39,11 +41,18 @@ class CocoItems:
     annotations: str
     include_crowds: bool = False
 
+    def __post_init__(self) -> None:
+        make_texts(self, "images", "annotations")
+
     @cached_property
     def index(self) -> CocoIndex:
         """Where in the file each image and its annotations lie."""
-        _check_folder(self.images, "images")
-        return build_index(self.annotations, include_crowds=self.include_crowds)
+        return _index(self.folder, self.annotations, include_crowds=self.include_crowds)
+
+    @cached_property
+    def folder(self) -> ImageFolder:
+        """Where the images lie."""
+        return ImageFolder(self.images)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -55,8 +64,7 @@ class CocoItems:
     def record(self, index: int) -> ImageRecord:
         """See `Items`."""
         key, image, entries = self.index.read(index)
-        path = _find_image(self.images, image)
-        size = _size(image, path)
+        path, size = _find_image(self.folder, self.index, index, image)
         return ImageRecord(
             key=key,
             size=size,
@@ -82,12 +90,19 @@ class PanopticItems:
     annotations: str
     include_crowds: bool = False
 
+    def __post_init__(self) -> None:
+        make_texts(self, "images", "masks", "annotations")
+
     @cached_property
     def index(self) -> CocoIndex:
         """Where in the file each image and its entry lie."""
-        _check_folder(self.images, "images")
         _check_folder(self.masks, "masks")
-        return build_index(self.annotations, include_crowds=True, panoptic=True)
+        return _index(self.folder, self.annotations, include_crowds=True, panoptic=True)
+
+    @cached_property
+    def folder(self) -> ImageFolder:
+        """Where the images lie."""
+        return ImageFolder(self.images)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -99,8 +114,7 @@ class PanopticItems:
     def record(self, index: int) -> ImageRecord:
         """See `Items`."""
         key, image, entries = self.index.read(index)
-        path = _find_image(self.images, image)
-        size = _size(image, path)
+        path, size = _find_image(self.folder, self.index, index, image)
         labels = read_labels(Path(self.masks) / str(entries[0]["file_name"]), size, colour=True)
         segments = {int(segment["id"]): segment for segment in entries[0]["segments_info"]}
         wanted = {
@@ -127,22 +141,33 @@ def _check_folder(path: str, what: str) -> None:
         raise FileNotFoundError(f"{path}: there is no such folder of {what} (data.{what}=DIR)")
 
 
-def _find_image(folder: str, image: Mapping[str, Any]) -> Path:
+def _index(folder: ImageFolder, annotations: str, **settings: bool) -> CocoIndex:
+    _check_folder(folder.path, "images")
+    index = build_index(annotations, **settings)
+    name = index.image(0).get("file_name")
+    if isinstance(name, str) and not (Path(folder.path) / name).is_file():
+        folder.files  # noqa: B018  here once, and not by every reader
+    return index
+
+
+def _find_image(
+    folder: ImageFolder, coco: CocoIndex, index: int, image: Mapping[str, Any]
+) -> tuple[Path, tuple[int, int]]:
+    """An image's file, and its (H, W) by the JSON, else by the file."""
     name = image.get("file_name")
     if not isinstance(name, str) or not name:
         raise ValueError("its JSON has no `file_name`")
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"its file_name {name} leads out of the folder of images")
-    for path in (Path(folder) / name, Path(folder) / Path(name).name):
-        if path.is_file():
-            return path
-    raise ValueError(f"there is no image {name} in {folder}")
+    size = _stated_size(image)
+    path = folder.at(name)
+    if path is None:
+        path = folder.by_bare_name(name, namesake=coco.namesake(index), size=size)
+    return path, size or header_size(path)
 
 
-def _size(image: Mapping[str, Any], path: Path) -> tuple[int, int]:
+def _stated_size(image: Mapping[str, Any]) -> tuple[int, int] | None:
     size = image.get("height"), image.get("width")
     if size == (None, None):
-        return header_size(path)
+        return None
     if not all(type(side) is int and side > 0 for side in size):
         raise ValueError(f"its JSON gives it no size: height {size[0]!r}, width {size[1]!r}")
     return size  # type: ignore[return-value]

@@ -7,6 +7,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from sam_train.data.json_lists import Element, elements
+from sam_train.data.source import UnusableSourceError
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +25,7 @@ STEM, NAME, NAME_AND_ID = 0, 1, 2
 
 @dataclass(frozen=True, kw_only=True)
 class CocoIndex:
-    """The images that have annotations, and where in the file both lie. 20 bytes an annotation.
+    """The images that have annotations, and where in the file both lie. 16 bytes an annotation, 42 an image.
 
     Attributes:
         path: the file, which is read again at these places for each image.
@@ -32,6 +34,8 @@ class CocoIndex:
         annotations: (M, 2) likewise, image by image.
         bounds: (N + 1,) which of `annotations` are an image's.
         key_kinds: (N,) what each image's key is made of.
+        namesakes: (N, 2) as `images`, of an image whose `file_name` is the same but for its folders; of
+            length 0 where there is none.
         shared_ids: (N,) bool, whether another image of another file has the same id.
         categories: names by id.
     """
@@ -42,35 +46,62 @@ class CocoIndex:
     annotations: np.ndarray
     bounds: np.ndarray
     key_kinds: np.ndarray
+    namesakes: np.ndarray
     shared_ids: np.ndarray
     categories: Mapping[Any, str]
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def image(self, index: int) -> dict[str, Any]:
+        """An image's entry.
+
+        Raises:
+            UnusableSourceError: the file has changed.
+        """
+        return self._entries(self.images[index : index + 1])[0]
+
     def key(self, index: int) -> str:
-        """An image's name, of its own within the file."""
-        with open(self.path, "rb") as file:
-            return self._key(index, _parse(file.fileno(), self.images[index]))
+        """An image's name, of its own within the file; raises as `image` does."""
+        return self._key(index, self.image(index))
+
+    def namesake(self, index: int) -> str | None:
+        """The `file_name` of another image of the same bare name; raises as `image` does."""
+        if not self.namesakes[index, 1]:
+            return None
+        return str(self._entries(self.namesakes[index : index + 1])[0]["file_name"])
 
     def read(self, index: int) -> tuple[str, dict[str, Any], list[dict[str, Any]]]:
         """An image's key, its entry and those of its annotations.
 
         Raises:
-            ValueError: the file has changed, or another image has the same id.
+            UnusableSourceError: the file has changed.
+            ValueError: another image has the same id.
         """
-        with open(self.path, "rb") as file:
-            if _stamp(file.fileno()) != self.stamp:
-                raise ValueError(f"{self.path} has changed since it was first read; start again")
-            image = _parse(file.fileno(), self.images[index])
-            if self.shared_ids[index]:
-                raise ValueError(
-                    f"its id {image.get('id')} is that of another image too, so nothing says whose "
-                    "the annotations are"
-                )
-            start, end = self.bounds[index : index + 2]
-            entries = [_parse(file.fileno(), place) for place in self.annotations[start:end]]
+        start, end = self.bounds[index : index + 2]
+        places = np.concatenate([self.images[index : index + 1], self.annotations[start:end]])
+        image, *entries = self._entries(places)
+        if self.shared_ids[index]:
+            raise ValueError(
+                f"its id {image.get('id')} is that of another image too, so nothing says whose "
+                "the annotations are"
+            )
         return self._key(index, image), image, entries
+
+    def _entries(self, places: np.ndarray) -> list[dict[str, Any]]:
+        stamp: tuple[int, int] | None = None
+        texts: list[bytes] = []
+        with suppress(FileNotFoundError), open(self.path, "rb") as file:
+            texts = [os.pread(file.fileno(), length, start) for start, length in places.tolist()]
+            stamp = _stamp(file.fileno())  # afterwards: it may change while it is read
+        if stamp != self.stamp:
+            change = "is gone" if stamp is None else "has changed"
+            raise UnusableSourceError(
+                f"{self.path} {change} since it was indexed at the start, so the places of its entries "
+                "are no longer known. Put back the file as it was, or start the command again, which "
+                "indexes it anew; write other annotations under another name"
+            )
+        return [json.loads(text) for text in texts]
 
     def _key(self, index: int, image: Mapping[str, Any]) -> str:
         return _names(image.get("file_name"), image.get("id"))[self.key_kinds[index]]
@@ -209,6 +240,7 @@ class _Found:
             annotations=np.array(self.annotations, np.int64)[order],
             bounds=np.concatenate([[0], np.cumsum(counts[kept])]),
             key_kinds=self._key_kinds(kept),
+            namesakes=self._namesakes(kept),
             shared_ids=np.isin(kept, list(shared)),
             categories=self.categories,
         )
@@ -223,6 +255,22 @@ class _Found:
             ],
             np.int8,
         )
+
+    def _namesakes(self, kept: np.ndarray) -> np.ndarray:
+        numbers: dict[
+            str, list[int]
+        ] = {}  # of each bare name up to two images, of other full names
+        for number, name in enumerate(self.file_names):
+            of_name = numbers.setdefault(PurePosixPath(str(name)).name, [])
+            if len(of_name) < 2 and all(name != self.file_names[other] for other in of_name):
+                of_name.append(number)
+        found = np.zeros((len(kept), 2), np.int64)
+        for place, number in enumerate(kept.tolist()):
+            name = self.file_names[number]
+            for other in numbers[PurePosixPath(str(name)).name]:
+                if self.file_names[other] != name:
+                    found[place] = self.images[other]
+        return found
 
     def _report(self, path: str) -> None:
         for reason, count in self.left_out.items():
@@ -241,12 +289,6 @@ def _slice(data: bytes, place: tuple[int, int]) -> bytes:
 
 def _utf8(element: Element, data: bytes) -> dict[str, Any]:
     entry: dict[str, Any] = json.loads(_slice(data, (element.start, element.length)))
-    return entry
-
-
-def _parse(descriptor: int, place: np.ndarray) -> dict[str, Any]:
-    start, length = place.tolist()
-    entry: dict[str, Any] = json.loads(os.pread(descriptor, length, start))
     return entry
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from sam_train.structures import ImageBatch, ImageSample
 
@@ -49,3 +53,52 @@ def collate(samples: Sequence[ImageSample], img_size: int) -> ImageBatch:
         keys=tuple(sample.key for sample in samples),
         seeds=tuple(sample.seed for sample in samples),
     )
+
+
+class Parcel(NamedTuple):
+    """A batch as it is sent from a reader's process: every tensor of its own would cost a handshake.
+
+    Attributes:
+        pixels: uint8, the images and then the masks.
+        input_sizes, boxes, image_index: as in `ImageBatch`, sent by value.
+        images_shape, masks_shape: of these.
+        keys, seeds: as in `ImageBatch`.
+    """
+
+    pixels: Tensor
+    input_sizes: np.ndarray
+    boxes: np.ndarray
+    image_index: np.ndarray
+    images_shape: tuple[int, ...]
+    masks_shape: tuple[int, ...]
+    keys: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def of(cls, batch: ImageBatch) -> Parcel:
+        """Packs a batch."""
+        return cls(
+            pixels=torch.cat([batch.images.flatten(), batch.masks.view(torch.uint8).flatten()]),
+            input_sizes=batch.input_sizes.numpy(),
+            boxes=batch.boxes.numpy(),
+            image_index=batch.image_index.numpy(),
+            images_shape=tuple(batch.images.shape),
+            masks_shape=tuple(batch.masks.shape),
+            keys=batch.keys,
+            seeds=batch.seeds,
+        )
+
+    def unpacked(self) -> ImageBatch:
+        """The batch; images and masks are views of what was sent."""
+        images, masks = self.pixels.split(
+            [math.prod(self.images_shape), math.prod(self.masks_shape)]
+        )
+        return ImageBatch(
+            images=images.view(self.images_shape),
+            input_sizes=torch.from_numpy(self.input_sizes),
+            masks=masks.view(torch.bool).view(self.masks_shape),
+            boxes=torch.from_numpy(self.boxes),
+            image_index=torch.from_numpy(self.image_index),
+            keys=self.keys,
+            seeds=self.seeds,
+        )

@@ -2,155 +2,30 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-import signal
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
-import cv2
 import lightning
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sam_train.data.collate import collate, pack
-from sam_train.data.mixture import BySource, MixtureSource, named, parts_of
-from sam_train.data.source import (
-    DamagedSampleError,
-    HeldOut,
-    Source,
-    UnusableSourceError,
-    readable,
-    sample_seed,
-)
+from sam_train.data.mixture import BySource, named, parts_of
+from sam_train.data.shard_split import shard_list, warn_of_rereading
+from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
+from sam_train.data.train_stream import Position, TrainLoader, TrainStream
 from sam_train.data.transforms import ToSample
-from sam_train.structures import Cursor, ImageBatch, ImageRecord, ImageSample
+from sam_train.data.val_choice import choose_masks, hold_out
+from sam_train.structures import ImageRecord
 
 log = logging.getLogger(__name__)
-
-HELD_OUT_SHARE = 0.1
-"""Of the training images, validated on instead where no others are given."""
 
 PATHS = frozenset(
     f"{part}{name}" for part in ("", "val_") for name in "path images masks annotations".split()
 )
 """What recipes ask the user for."""
-
-
-MOST_WITHOUT_MASKS = 10_000
-"""Images in a row without a mask to train on after which a reader gives up: a mixture has no end."""
-
-
-class Position(NamedTuple):
-    """How far one reader has come: in which epoch, and where in it (see `Source.records`)."""
-
-    epoch: int = 0
-    cursor: Cursor = ()
-
-
-@dataclass(kw_only=True)
-class TrainStream(IterableDataset):
-    """Packed batches without end, epoch after epoch, each reader at its own pace.
-
-    Attributes:
-        source: the records.
-        transform: makes samples of them.
-        batch_size, max_masks_per_batch: as in `pack`.
-        seed: of every draw, together with the epoch and the sample's key.
-        rank, world_size: this process among all.
-        starts: where each of this process's readers goes on; from the beginning if empty.
-        first_reader: which of them gives the first batch, as the loader asks its workers in turn.
-    """
-
-    source: Source
-    transform: ToSample | BySource
-    batch_size: int
-    max_masks_per_batch: int | None
-    seed: int
-    rank: int = 0
-    world_size: int = 1
-    starts: Sequence[Position] = ()
-    first_reader: int = 0
-
-    def __iter__(self) -> Iterator[Delivery | UnusableSourceError]:
-        worker = get_worker_info()
-        if worker is not None:
-            cv2.setNumThreads(0)
-        num_workers = 1 if worker is None else worker.num_workers
-        local = (self.first_reader + (0 if worker is None else worker.id)) % num_workers
-        try:
-            yield from self._batches(local, num_workers)
-        except UnusableSourceError as error:
-            # Handed on, not raised: the loader would wrap what a worker raises in a traceback.
-            yield error
-
-    def _batches(self, local: int, num_workers: int) -> Iterator[Delivery]:
-        positions: deque[Position] = deque()
-
-        def samples() -> Iterator[ImageSample]:
-            for position, sample in self._samples(local, num_workers):
-                positions.append(position)
-                yield sample
-
-        for group in pack(
-            samples(), batch_size=self.batch_size, max_masks=self.max_masks_per_batch
-        ):
-            position = [positions.popleft() for _ in group][-1]
-            yield Delivery(collate(group, self.transform.img_size), local, position)
-
-    def _samples(self, local: int, num_workers: int) -> Iterator[tuple[Position, ImageSample]]:
-        start = self.starts[local] if self.starts else Position()
-        reader, num_readers = self.rank * num_workers + local, self.world_size * num_workers
-        for epoch in itertools.count(start.epoch):
-            cursor = start.cursor if epoch == start.epoch else ()
-            is_empty, num_without = not cursor, 0
-            records = self.source.records(
-                epoch=epoch, reader=reader, num_readers=num_readers, shuffle=True, start=cursor
-            )
-            for record in records:
-                seed = sample_seed(self.seed, epoch + record.epoch, record.key)
-                try:
-                    sample = self.transform(record, seed)
-                except DamagedSampleError:
-                    continue
-                if sample is not None:
-                    is_empty, num_without = False, 0
-                    yield Position(epoch, record.cursor), sample
-                elif (num_without := num_without + 1) >= MOST_WITHOUT_MASKS:
-                    break
-            if is_empty or num_without >= MOST_WITHOUT_MASKS:
-                raise UnusableSourceError(
-                    f"reader {reader + 1} of {num_readers} found no image with a mask to train on: "
-                    "there are fewer images than readers (lower data.num_workers), or every mask is "
-                    "outside the limits of data.train_transform"
-                )
-
-
-class Delivery(NamedTuple):
-    """A batch, the reader of this process that made it, and how far it then was."""
-
-    batch: ImageBatch
-    reader: int
-    position: Position
-
-
-@dataclass
-class TrainLoader:
-    """The batches of a loader of `TrainStream`, noting down the positions that belong to them."""
-
-    loader: DataLoader
-    delivered: deque[tuple[int, Position]] = field(default_factory=deque)
-
-    def __iter__(self) -> Iterator[ImageBatch]:
-        for delivery in self.loader:
-            if isinstance(delivery, UnusableSourceError):
-                raise delivery
-            self.delivered.append((delivery.reader, delivery.position))
-            yield delivery.batch
 
 
 class SamDataModule(lightning.LightningDataModule):
@@ -225,7 +100,14 @@ class SamDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches without end, beginning where the last one handed to training was."""
-        stream = TrainStream(
+        self._shards  # noqa: B018  looked at now
+        if self._rank() == 0:
+            warn_of_rereading(self.train, self._world_size() * len(self._positions))
+        self._train_loader = TrainLoader(self._stream, self.num_workers)
+        return self._train_loader
+
+    def _stream(self) -> TrainStream:
+        return TrainStream(
             source=self.train,
             transform=self.train_transform,
             batch_size=self.batch_size,
@@ -236,16 +118,6 @@ class SamDataModule(lightning.LightningDataModule):
             starts=tuple(self._positions),
             first_reader=self._num_batches % len(self._positions),
         )
-        loader: DataLoader = DataLoader(
-            stream,
-            batch_size=None,
-            num_workers=self.num_workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_ignore_ctrl_c,
-            pin_memory=torch.cuda.is_available(),
-        )
-        self._train_loader = TrainLoader(loader)
-        return self._train_loader
 
     def val_dataloader(self) -> ValRecords:
         """This process's share of the validation images, the same each time."""
@@ -289,24 +161,36 @@ class SamDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far all readers of all processes have read, in plain types; every process calls this."""
         return {
+            "shards": self._shards,
             "num_batches": self._num_batches,
             "readers": [tuple(position) for position in self._positions_of_all()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there; with another number of readers, from the epoch after."""
+        """Goes on from there; with another number of readers or other shards, from the epoch after."""
         readers, num_mine = state_dict["readers"], len(self._positions)
-        if len(readers) == self._world_size() * num_mine:
-            first = self._rank() * num_mine
-            self._positions = [Position(*one) for one in readers[first : first + num_mine]]
-            self._num_batches = state_dict["num_batches"]
-        else:
-            epoch = max(epoch for epoch, _ in readers) + 1
-            log.warning(
-                "the number of readers has changed: going on at the start of epoch %d", epoch
+        changes = []
+        if len(readers) != self._world_size() * num_mine:
+            changes.append("the number of readers has changed")
+        if (before := state_dict.get("shards", self._shards)) != self._shards:
+            changes.append(
+                f"the shards are not those of before ({self._shards}, {before} before): their order is "
+                "another one"
             )
+        if changes:
+            epoch = max(epoch for epoch, _ in readers) + 1
+            log.warning("%s: going on at the start of epoch %d", " and ".join(changes), epoch)
             self._positions = [Position(epoch)] * num_mine
             self._num_batches = 0
+            return
+        first = self._rank() * num_mine
+        self._positions = [Position(*one) for one in readers[first : first + num_mine]]
+        self._num_batches = state_dict["num_batches"]
+
+    @cached_property
+    def _shards(self) -> str:
+        """As the training began: a shard that is lost meanwhile must not keep checkpoints from being written."""
+        return shard_list(self.train)
 
     def _positions_of_all(self) -> list[Position]:
         if self._world_size() == 1 or not torch.distributed.is_initialized():
@@ -337,59 +221,6 @@ class ValRecords:
         # Copies, so that the decoded pixels are not kept.
         subset = self.data.val_subset()[rank::world_size]
         return readable(replace(record) for record in subset)
-
-
-def choose_masks(
-    source: Source, *, max_masks: int, max_masks_per_image: int, seed: int
-) -> list[ImageRecord]:
-    """A fixed choice of up to `max_masks` masks, spread over the images of a source.
-
-    The same on every process, and no more of the source is read than is needed.
-    """
-    chosen: list[ImageRecord] = []
-    missing = max_masks
-    for record in readable(source.records(epoch=0, reader=0, num_readers=1, shuffle=True)):
-        rng = np.random.default_rng(sample_seed(seed, 0, record.key))
-        count = min(max_masks_per_image, missing)
-        indices = np.sort(rng.permutation(len(record.annotations))[:count])
-        if indices.size:
-            annotations = tuple(record.annotations[index] for index in indices.tolist())
-            chosen.append(replace(record, annotations=annotations))
-            missing -= len(annotations)
-        if missing == 0:
-            break
-    if not chosen:
-        raise UnusableSourceError(f"there is no mask to validate on in {source}")
-    return chosen
-
-
-def hold_out(train: Source, val: Source, share: float = HELD_OUT_SHARE) -> tuple[Source, Source]:
-    """The sources as they are, or, where they are the same images, each with its share of them.
-
-    In a mixture that goes for each of its sources.
-    """
-    if isinstance(train, MixtureSource) and isinstance(val, MixtureSource):
-        both = {
-            name: hold_out(train.sources[name], source, share)
-            for name, source in val.sources.items()
-            if name in train.sources
-        }
-        rest, held = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
-        return (
-            replace(train, sources={**train.sources, **rest}),
-            replace(val, sources={**val.sources, **held}),
-        )
-    if train != val:
-        return train, val
-    log.warning(
-        "no other images%s are given to validate on: %.0f%% are held out of training",
-        f" of {name}" if (name := getattr(train, "name", "")) else "",
-        100 * share,
-    )
-    return (
-        HeldOut(source=train, share=share, keep="rest"),
-        HeldOut(source=train, share=share, keep="held_out"),
-    )
 
 
 def from_paths(**settings: Any) -> SamDataModule:
@@ -425,12 +256,3 @@ def mixture(
     own = {name: replace(train_transform, **changes) for name, changes in transforms.items()}
     transform = BySource(default=train_transform, sources=own)
     return SamDataModule(train_transform=transform, **settings)
-
-
-def _ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends it to the readers too, while the step under way may still wait for a batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item

@@ -37,6 +37,12 @@ class Names(Sequence[str]):
         return os.fsdecode(self._bytes[start:end])
 
 
+def make_texts(items: object, *fields: str) -> None:
+    """Makes a frozen record's paths texts: a folder called 2017 comes from YAML as a number."""
+    for name in fields:
+        object.__setattr__(items, name, str(getattr(items, name)))
+
+
 def files_below(path: str, suffixes: Collection[str]) -> tuple[str, list[str]]:
     """The files with these suffixes below a folder, at any depth, or below what a glob matches.
 

@@ -10,42 +10,35 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from sam_train.data.file_lists import Names, files_below
+from sam_train.data.file_lists import Names, files_below, make_texts
 from sam_train.data.image_files import (
     SUFFIXES,
     check_size,
     header_size,
+    labels_of,
     read_image,
-    read_labels,
     read_mask_file,
 )
 from sam_train.data.label_images import annotations_of
+from sam_train.data.mask_kinds import KINDS, Kind, kind_of, whiteness
 from sam_train.data.mask_matching import match_masks, unique_keys
 from sam_train.structures import Annotation, ImageRecord
 
 log = logging.getLogger(__name__)
-
-KINDS = ("auto", "index", "colour", "objects")
-LOOKED_AT = 24
-"""Mask files that are looked at to find out their kind."""
-
-SOFT = 0.8
-"""A grey mask is a soft one, not one of object numbers, if so many of its pixels above 0 are near white."""
 
 
 class Pairs(NamedTuple):
     """What lies in the folders.
 
     Attributes:
-        kind: "index", "colour" or "objects".
+        kind: of all the masks.
         images, masks: paths.
         keys: the images' names.
         bounds: (N + 1,) which of `masks` are an image's.
     """
 
-    kind: str
+    kind: Kind
     images: Names
     masks: Names
     keys: Names
@@ -65,7 +58,7 @@ class FolderItems:
         masks: likewise.
         kind: "index" (a pixel's value, or its index in the palette, is its object), "colour" (its colour
             is; black and what is transparent are background), "objects" (each file is one object), or
-            "auto", which looks at the files.
+            "auto", which looks at some of the files and holds the others against them: see `Kind`.
         threshold: of "objects": what of full white (1, 255 or 65535) a pixel of the object exceeds. A file
             with transparency counts by its alpha if its colour is the same all over.
         background: of "index": values that are no object.
@@ -80,6 +73,7 @@ class FolderItems:
     components: bool = False
 
     def __post_init__(self) -> None:
+        make_texts(self, "images", "masks")
         if self.kind not in KINDS:
             raise ValueError(f"kind is one of {', '.join(KINDS)}, got {self.kind!r}")
         if not 0 <= self.threshold < 1:
@@ -107,10 +101,10 @@ class FolderItems:
                 "(a.jpg, a.png), names that begin with the image's (a_1.png), or a folder of that name "
                 f"(a/1.png); got {Path(images[0]).name} and {Path(masks[0]).name}"
             )
-        kind = self.kind if self.kind != "auto" else _kind_of(list(owned.values()))
-        if kind != "objects" and (several := [i for i, own in owned.items() if len(own) > 1]):
+        kind = kind_of(list(owned.values()), self.masks) if self.kind == "auto" else Kind(self.kind)
+        if kind.name != "objects" and (several := [i for i, own in owned.items() if len(own) > 1]):
             raise ValueError(
-                f"kind={kind} wants one mask file an image, {several[0]} has {len(owned[several[0]])}"
+                f"kind={kind.name} wants one mask file an image, {several[0]} has {len(owned[several[0]])}"
             )
         roots = files_below(self.images, SUFFIXES)[0]
         return Pairs(
@@ -120,6 +114,11 @@ class FolderItems:
             Names(unique_keys(roots, list(owned))),
             np.cumsum([0, *map(len, owned.values())]),
         )
+
+    @cached_property
+    def _dark(self) -> list[str]:
+        """The first file that was taken for black though it is not all 0: that is said once."""
+        return []
 
     def __len__(self) -> int:
         return len(self.pairs.images)
@@ -147,12 +146,14 @@ class FolderItems:
         )
 
     def _annotations(self, path: Path, size: tuple[int, int]) -> tuple[Annotation, ...]:
-        if self.pairs.kind != "objects":
-            labels = read_labels(path, size, colour=self.pairs.kind == "colour")
-            background = self.background if self.pairs.kind == "index" else (0,)
-            return annotations_of(labels, background=background, components=self.components)
+        kind = self.pairs.kind
         image = read_mask_file(path)
         check_size(path, image, size)
+        kind.check(path, image)
+        if kind.name != "objects":
+            labels = labels_of(path, image, colour=kind.name == "colour")
+            background = self.background if kind.name == "index" else (0,)
+            return annotations_of(labels, background=background, components=self.components)
         white = whiteness(image)
         mask = white > self.threshold
         if not mask.any() and white.any():
@@ -164,22 +165,16 @@ class FolderItems:
                     f"no pixel of {path.name} exceeds threshold={self.threshold} of full white, and it "
                     "holds several darker values: kind=index, or a lower threshold"
                 )
+            if several and kind.reason and not self._dark:
+                self._dark.append(path.name)
+                log.warning(
+                    "%s, and maybe others, counts as black: no value in it is above %.0f %% of white. "
+                    "Where such values number objects, say data.train.items.kind=index",
+                    path,
+                    100 * JPEG_BLACK,
+                )
             mask = (white > 0) & (not several)
         return annotations_of(mask.astype(np.uint8), components=self.components)
-
-
-def whiteness(image: Image.Image) -> np.ndarray:
-    """How white each pixel of a mask is, (H, W) in [0, 1]; 1 is full white whatever the depth."""
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
-        channels = np.asarray(image.convert("RGBA")).astype(np.float32)
-        grey, alpha = channels[..., :3].max(axis=2), channels[..., 3]
-        return (alpha if np.ptp(grey) == 0 else grey * alpha / 255) / 255
-    if image.mode == "P":
-        return (np.asarray(image) > 0).astype(np.float32)
-    values = np.asarray(image).astype(np.float32)
-    values = values if values.ndim == 2 else values.max(axis=2)
-    highest = values.max(initial=0)
-    return values / (1 if highest <= 1 else 255 if highest <= 255 else 65535)
 
 
 def _files(path: str, what: str) -> list[str]:
@@ -199,52 +194,3 @@ def _report(what: str, lacks: str, names: Sequence[str]) -> None:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         plural = "s are" if len(names) > 1 else " is"
         log.warning("%d %s%s left out for want of %s: %s", len(names), what, plural, lacks, shown)
-
-
-def _kind_of(owned: Sequence[Sequence[str]]) -> str:
-    """Which kind of masks these are, said in the log."""
-    if most := max(len(own) for own in owned) - 1:
-        kind, reason = "objects", f"an image has up to {most + 1} mask files"
-    else:
-        step = max(1, len(owned) // LOOKED_AT)
-        kind, reason = _kind_of_files([own[0] for own in owned[::step]][:LOOKED_AT])
-    meaning = {
-        "index": "pixel value = object",
-        "colour": "colour = object",
-        "objects": "each file one object",
-    }[kind]
-    log.info("masks are read as kind=%s (%s): %s", kind, meaning, reason)
-    return kind
-
-
-def _kind_of_files(paths: Sequence[str]) -> tuple[str, str]:
-    """The kind of masks of one file an image, and why."""
-    values: set[int] = set()
-    near_white = num_filled = 0
-    for path in paths:
-        try:
-            image = read_mask_file(Path(path))
-        except ValueError:
-            continue  # counted when it is its turn
-        if image.mode == "P":
-            return "index", f"{Path(path).name} has a palette"
-        grey = (np.rint(whiteness(image) * 255)).astype(np.int64)
-        if image.mode in ("RGB", "RGBA"):
-            channels = np.asarray(image.convert("RGB"))
-            if (channels != channels[..., :1]).any():
-                return "colour", f"{Path(path).name} is in colour"
-        elif image.mode != "LA":
-            values |= set(np.unique(np.asarray(image)).tolist())
-        near_white += int((grey > 0.9 * 255).sum())
-        num_filled += int((grey > 0).sum())
-        values |= (
-            set() if image.mode not in ("RGB", "RGBA", "LA") else set(np.unique(grey).tolist())
-        )
-    if len(values - {0}) <= 1:
-        return (
-            "objects",
-            f"in {len(paths)} files looked at there are no values but {sorted(values)}",
-        )
-    if max(values) > 127 and near_white >= SOFT * num_filled:
-        return "objects", f"in {len(paths)} files looked at most of what is not black is white"
-    return "index", f"{len(paths)} files looked at hold {len(values)} values up to {max(values)}"

@@ -62,6 +62,11 @@ def read_labels(path: Path, size: tuple[int, int], *, colour: bool) -> np.ndarra
     """
     image = read_mask_file(path)
     check_size(path, image, size)
+    return labels_of(path, image, colour=colour)
+
+
+def labels_of(path: Path, image: Image.Image, *, colour: bool) -> np.ndarray:
+    """The pixel values of an image that was read from `path`; see `read_labels`."""
     if not colour:
         return index_values(path, image)
     channels = np.asarray(image.convert("RGBA")).astype(np.int64)

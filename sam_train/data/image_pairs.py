@@ -62,13 +62,15 @@ class PairItems:
         }
 
 
-def sa1b_source(*, path: str | Sequence[str], **settings: Any) -> ShardSource | IndexedSource:
+def sa1b_source(*, path: str | int | Sequence[str], **settings: Any) -> ShardSource | IndexedSource:
     """SA-1B data as tars or as an unpacked folder, told apart by what lies at the path.
 
     Args:
         path: what `ShardSource` takes, or a folder of images beside their JSON, or a glob of such.
         settings: what `ShardSource` takes; an unpacked folder needs none of its own two.
     """
+    if isinstance(path, int):  # a folder called 2017, by way of YAML
+        path = str(path)
     if isinstance(path, str) and _is_unpacked(path):
         own = {"shuffle_buffer_mb", "allow_pipe"}
         rest = {name: value for name, value in settings.items() if name not in own}

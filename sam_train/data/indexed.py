@@ -12,6 +12,7 @@ from sam_train.data.source import (
     DamagedSampleError,
     DamageTally,
     ImageCache,
+    UnusableSourceError,
     sample_seed,
 )
 from sam_train.structures import Cursor, ImageRecord
@@ -40,6 +41,7 @@ class Items(Protocol):
 
         Raises:
             ValueError: what is wrong with it.
+            UnusableSourceError: what is wrong with the whole data set.
         """
         ...
 
@@ -92,6 +94,8 @@ class IndexedSource:
         name = self.items.describe(index)
         try:
             record = self.items.record(index)
+        except UnusableSourceError:
+            raise
         except READ_ERRORS as error:
             raise tally.damaged(name, error) from None
         max_bytes = self.cache_mb * 2**20 / num_readers

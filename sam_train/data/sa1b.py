@@ -1,4 +1,4 @@
-"""SA-1B shards as a stream: tar files of KEY.jpg and KEY.json, read by webdataset."""
+"""SA-1B shards as a stream: tar files of KEY.jpg and KEY.json."""
 
 from __future__ import annotations
 

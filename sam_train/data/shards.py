@@ -79,7 +79,7 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
             decode_annotation(index, entry, size) for index, entry in enumerate(entries)
         ),
         load=partial(decode_image, files[suffix], size),
-        load_reduced=None if suffix == "png" else partial(decode_reduced, files[suffix], size),
+        load_reduced=partial(decode_reduced, files[suffix], size),
         source=source,
         read_file=partial(_itself, files[suffix]),
     )
@@ -94,11 +94,11 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: says what is wrong with the image; one of another size is not decoded at all.
     """
-    return decode_reduced(data, size, 1)[0]
+    return np.asarray(decode_reduced(data, size, 1)[0])
 
 
-def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[np.ndarray, int]:
-    """The same at a half, a quarter or an eighth of the size, where the file is a JPEG.
+def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[Image.Image, int]:
+    """The same as a picture of Pillow's, at a half, a quarter or an eighth of the size, where the file is a JPEG.
 
     The finer waves of each block are left out; no full picture is made.
 
@@ -108,7 +108,7 @@ def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[np.
         shrink: 1, 2, 4 or 8, as for `ImageRecord.load_reduced`.
 
     Returns:
-        (H / n, W / n, 3) uint8 RGB, rounded up, and n: `shrink`, or 1 for what is no JPEG.
+        H / n x W / n RGB pixels, rounded up, and n: `shrink`, or 1 for what is no JPEG.
 
     Raises:
         ValueError: says what is wrong with the image.
@@ -148,15 +148,18 @@ def quiet_pillow() -> Iterator[None]:
         yield
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        image.load()
+        return image
     if not image.mode.startswith(("I", "F")):
-        return np.asarray(image.convert("RGB"))
+        return image.convert("RGB")
     pixels = np.asarray(image).astype(np.float64)
     if not np.isfinite(pixels).all():
         raise ValueError("it holds pixels that are no numbers")
     low, high = pixels.min(), pixels.max()
     grey = np.rint((pixels - low) * (255 / max(high - low, 1e-12))).astype(np.uint8)
-    return np.repeat(grey[..., None], 3, axis=2)
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _itself(data: bytes) -> bytes:
@@ -259,10 +262,16 @@ def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotati
             stability_score=_optional_float(entry.get("stability_score")),
             point_coords=_points(entry.get("point_coords")),
             crop_box=None if entry.get("crop_box") is None else _numbers(entry["crop_box"], 4),
-            extra={name: value for name, value in entry.items() if name not in FIELDS},
+            extra=_others(entry),
         )
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"annotation {index} is unusable: {error}") from None
+
+
+def _others(entry: dict[str, Any]) -> dict[str, Any]:
+    if FIELDS.issuperset(entry):
+        return {}
+    return {name: value for name, value in entry.items() if name not in FIELDS}
 
 
 def _entry(annotation: Annotation) -> dict[str, Any]:
@@ -284,7 +293,14 @@ def _entry(annotation: Annotation) -> dict[str, Any]:
 def _box(values: Any, size: tuple[int, int]) -> tuple[Any, ...]:
     x, y, width, height = box = _numbers(values, 4)
     # A pixel of grace: some writers count edges, others pixels.
-    if min(box) < 0 or x + width > size[1] + 1 or y + height > size[0] + 1:
+    if (
+        x < 0
+        or y < 0
+        or width < 0
+        or height < 0
+        or x + width > size[1] + 1
+        or y + height > size[0] + 1
+    ):
         raise ValueError(f"its bbox {values} lies outside the image of {size[0]} x {size[1]}")
     return box
 
@@ -299,7 +315,10 @@ def _area(value: Any) -> float:
 def _numbers(values: Any, count: int) -> tuple[Any, ...]:
     if not isinstance(values, list | tuple) or len(values) != count:
         raise ValueError(f"expected {count} numbers, got {values!r}")
-    return tuple(map(_number, values))
+    numbers = tuple(map(float, values))
+    if not math.isfinite(sum(numbers)):  # asked of all at once, then of each
+        numbers = tuple(map(_number, numbers))
+    return numbers
 
 
 def _number(value: Any) -> float:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol
 
 import numpy as np
+from PIL import Image
 
 from sam_train.structures import Cursor, ImageRecord
 
@@ -142,12 +143,7 @@ class ImageCache:
         self.num_bytes = 0
 
     def load(
-        self,
-        name: str,
-        load: Callable[[], np.ndarray],
-        tally: DamageTally,
-        max_bytes: float,
-        told_as: str | None = None,
+        self, name: str, load: Callable[[], np.ndarray], tally: DamageTally, max_bytes: float
     ) -> np.ndarray:
         """The image of this name, decoded by `load` if it is not here; counts one that cannot be.
 
@@ -159,11 +155,14 @@ class ImageCache:
         try:
             image = load()
         except (ValueError, OSError) as error:
-            raise tally.damaged(told_as or name, error) from None
+            raise tally.damaged(name, error) from None
+        self._keep(name, image, max_bytes)
+        return image
+
+    def _keep(self, name: str, image: np.ndarray, max_bytes: float) -> None:
         if self.num_bytes + image.nbytes <= max_bytes:
             self.images[name] = image
             self.num_bytes += image.nbytes
-        return image
 
     def serve(
         self, name: str, record: ImageRecord, tally: DamageTally, max_bytes: float
@@ -182,13 +181,20 @@ class ImageCache:
 
     def _reduced(
         self, name: str, record: ImageRecord, tally: DamageTally, max_bytes: float, shrink: int
-    ) -> tuple[np.ndarray, int]:
+    ) -> tuple[np.ndarray | Image.Image, int]:
         """Each scale is kept by itself: what a sample looks like must not hang on what is in the cache."""
         assert record.load_reduced is not None
-        decode = record.load_reduced
-        scale = f"{name} 1/{shrink}"
-        pixels = self.load(scale, lambda: decode(shrink)[0], tally, max_bytes, name)
-        return pixels, 1 if pixels.shape[:2] == record.size else shrink
+        scale = name if shrink == 1 else f"{name} 1/{shrink}"
+        image = self.images.get(scale)
+        if image is not None:
+            return image, 1 if image.shape[:2] == record.size else shrink
+        try:
+            picture, taken = record.load_reduced(shrink)
+        except (ValueError, OSError) as error:
+            raise tally.damaged(name, error) from None
+        if max_bytes:
+            self._keep(scale, np.asarray(picture), max_bytes)
+        return picture, taken
 
     def __reduce__(self) -> tuple[type[ImageCache], tuple[()]]:
         return ImageCache, ()

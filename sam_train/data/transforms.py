@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import cv2
 import numpy as np
 import torch
 from PIL import Image
@@ -13,15 +15,15 @@ from sam_train.data.augment import ColourJitter, Flips
 from sam_train.data.crops import Crop, whole_image
 from sam_train.ops.boxes import xywh_to_xyxy
 from sam_train.ops.coords import View
-from sam_train.ops.rle import Runs
-from sam_train.structures import Annotation, ImageRecord, ImageSample
+from sam_train.ops.many_runs import ManyRuns
+from sam_train.structures import ImageRecord, ImageSample
 
 CROP_ATTEMPTS = 5
 """A random crop without any mask to draw is tried anew this often before the whole image is taken."""
 
 
-Lines = tuple[np.ndarray, np.ndarray]
-"""x and y of the mask grid's lines, original frame, clipped to the window: see `View.grid_edges`."""
+SOMETHING = 1e-12
+"""Of a pixel: less than that covers nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,27 +83,22 @@ class ToSample:
         if self.flips is not None:
             view = self.flips(view, rng)
         drawn = np.sort(rng.permutation(drawable)[: self.max_masks])
-        # What all masks share is made once.
-        x0, y0, x1, y1 = view.window
-        x_lines, y_lines = view.grid_edges(self.img_size / self.mask_size, self.mask_size)
-        lines = x_lines.clip(x0, x1), y_lines.clip(y0, y1)
-        visible = _clip(boxes, view.window)
         try:
-            decoded = [
-                self._decode(candidates[i], view, lines, boxes[i], visible[i])
-                for i in drawn.tolist()
-            ]
+            runs = ManyRuns([candidates[i].rle for i in drawn.tolist()])
         except ValueError as error:  # run lengths are looked at no earlier than here
             raise record.damaged(error) from None
-        masks = [mask for mask, _ in filter(None, decoded)]
-        if not masks:
+        visible_boxes, is_kept = self._visible(runs, boxes[drawn], _clip(boxes[drawn], view.window))
+        if not is_kept.any():
             return None
-        visible_boxes = np.stack([box for _, box in filter(None, decoded)])
+        masks = self._on_grid(runs, view, visible_boxes, is_kept)
+        if (empty := ~masks.any(axis=(1, 2))).any():
+            id_ = candidates[drawn[is_kept][empty][0]].id
+            raise record.damaged(f"annotation {id_} has no pixel in its own bbox")
         return ImageSample(
             key=record.key,
             image=self._image(record, view, rng),
-            masks=torch.from_numpy(np.stack(masks)),
-            boxes=torch.from_numpy(view.boxes_to_input(visible_boxes)).float(),
+            masks=torch.from_numpy(masks),
+            boxes=torch.from_numpy(view.boxes_to_input(visible_boxes[is_kept])).float(),
             input_size=view.input_size,
             original_size=record.size,
             seed=seed,
@@ -130,53 +127,58 @@ class ToSample:
             (sides.min(axis=1) > 0) & (share >= self.min_visible) & (longer >= self.min_mask_px)
         )
 
-    def _decode(
-        self,
-        annotation: Annotation,
-        view: View,
-        lines: Lines,
-        box: np.ndarray,
-        visible: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """The (h, w) bool mask on the mask grid and the xyxy box, original frame, of what is visible."""
-        runs = Runs(annotation.rle)
-        if (visible != box).any():
-            x0, y0 = np.floor(visible[:2])
-            x1, y1 = np.ceil(visible[2:])
-            cut = runs.coverage(np.arange(x0, x1 + 1), np.arange(y0, y1 + 1)) > 0
-            if not cut.any() or cut.sum() < self.min_visible * runs.area:
-                return None
-            x, y = np.flatnonzero(cut.any(axis=0)), np.flatnonzero(cut.any(axis=1))
-            box = np.array([x0 + x[0], y0 + y[0], x0 + x[-1] + 1, y0 + y[-1] + 1])
-        mask = self._on_grid(runs, view, lines, box)
-        if mask is None:
-            raise ValueError(f"annotation {annotation.id} has no pixel in its own bbox")
-        return mask, box
+    def _visible(
+        self, runs: ManyRuns, boxes: np.ndarray, clipped: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The (M, 4) xyxy boxes, original frame, of what is visible, and (M,) which masks show enough."""
+        boxes, is_kept = boxes.copy(), np.ones(len(boxes), bool)
+        is_cut = np.flatnonzero((clipped != boxes).any(axis=1)).tolist()
+        low, high = np.floor(clipped[:, :2]), np.ceil(clipped[:, 2:])
+        x_edges, y_edges = (
+            [np.arange(low[i, axis], high[i, axis] + 1) for i in is_cut] for axis in (0, 1)
+        )
+        for i, pixels in zip(is_cut, runs.coverage(is_cut, x_edges, y_edges), strict=True):
+            rows, columns = np.flatnonzero(pixels.any(axis=1)), np.flatnonzero(pixels.any(axis=0))
+            if not rows.size or pixels.sum() < self.min_visible * runs.areas[i]:
+                is_kept[i] = False
+                continue
+            ends = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+            boxes[i] = np.tile(low[i], 2) + ends
+        return boxes, is_kept
 
-    def _on_grid(self, runs: Runs, view: View, lines: Lines, box: np.ndarray) -> np.ndarray | None:
-        """Cells covered at least half as much as the best covered one.
+    def _on_grid(
+        self, runs: ManyRuns, view: View, boxes: np.ndarray, is_kept: np.ndarray
+    ) -> np.ndarray:
+        """The kept masks (M, h, w), bool: cells covered at least half as much as the best covered one.
 
         In most masks that one is full; the rest, too thin to fill a cell, would vanish otherwise.
         """
-        x_lines, y_lines = lines
-        left, top, right, bottom = box.tolist()
+        which = np.flatnonzero(is_kept).tolist()
+        x0, y0, x1, y1 = view.window
+        x_lines, y_lines = view.grid_edges(self.img_size / self.mask_size, self.mask_size)
+        x_lines, y_lines = x_lines.clip(x0, x1), y_lines.clip(y0, y1)
+        left, top, right, bottom = boxes[which].T
         columns, rows = _cells(x_lines, left, right), _cells(y_lines, top, bottom)
         covered = runs.coverage(
-            x_lines[columns.start : columns.stop + 1], y_lines[rows.start : rows.stop + 1]
+            which,
+            [x_lines[cells.start : cells.stop + 1] for cells in columns],
+            [y_lines[cells.start : cells.stop + 1] for cells in rows],
         )
-        best = covered.max(initial=0.0)
-        if best == 0:
-            return None
-        upright = np.zeros((self.mask_size, self.mask_size), bool)
-        # The sliver keeps rounding from taking a cell that is exactly half covered now in, now out.
-        upright[rows, columns] = covered >= best / 2 * (1 - 1e-9)
-        return view.orient(upright)
+        upright = np.zeros((len(which), self.mask_size, self.mask_size), bool)
+        for i, cells in enumerate(covered):
+            # The sliver keeps rounding from taking a cell that is exactly half covered now in, now out.
+            least = cells.max(initial=0) / 2 * (1 - 1e-9)
+            upright[i, rows[i], columns[i]] = cells >= max(least, SOMETHING)
+        oriented = np.moveaxis(view.orient(np.moveaxis(upright, 0, 2)), 2, 0)
+        return np.ascontiguousarray(oriented)
 
     def _image(self, record: ImageRecord, view: View, rng: np.random.Generator) -> Tensor:
-        window = resize_window(record, view)
+        window = np.ascontiguousarray(resize_window(record, view))
         if self.colour is not None:
-            window = self.colour(np.ascontiguousarray(window), rng)
-        return torch.from_numpy(np.ascontiguousarray(window.transpose(2, 0, 1)))
+            window = self.colour(window, rng)
+        return torch.from_numpy(
+            np.stack(cv2.split(window))
+        )  # seven times as fast as a transposed copy
 
 
 def _shrink(view: View) -> int:
@@ -192,15 +194,19 @@ def resize_window(record: ImageRecord, view: View) -> np.ndarray:
     height, width = view.resized
     image, reduced = record.reduced_image(_shrink(view))
     x0, y0, x1, y1 = (side / reduced for side in view.window)
-    if reduced == 1 and (y1 - y0, x1 - x0) == view.resized:
-        return view.orient(image[int(y0) : int(y1), int(x0) : int(x1)])
-    # Bilinear with antialiasing, as segment_anything's ResizeLongestSide. Rows and columns far
-    # outside of the window are not copied.
-    left, top = int(x0), int(y0)
-    near = image[top : int(np.ceil(y1)), left : int(np.ceil(x1))]
-    box = (x0 - left, y0 - top, x1 - left, y1 - top)
-    resized = Image.fromarray(near).resize((width, height), Image.Resampling.BILINEAR, box)
-    return view.orient(np.asarray(resized))
+    # Rows and columns outside of the window are not looked at, however the image comes.
+    left, top, right, bottom = int(x0), int(y0), math.ceil(x1), math.ceil(y1)
+    if isinstance(image, np.ndarray):
+        near = Image.fromarray(image[top:bottom, left:right])
+    elif (left, top, right, bottom) == (0, 0, *image.size):
+        near = image
+    else:
+        near = image.crop((left, top, right, bottom))
+    if reduced > 1 or near.size != (width, height):
+        # Bilinear with antialiasing, as segment_anything's ResizeLongestSide.
+        box = (x0 - left, y0 - top, x1 - left, y1 - top)
+        near = near.resize((width, height), Image.Resampling.BILINEAR, box)
+    return view.orient(np.asarray(near))
 
 
 def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
@@ -208,8 +214,12 @@ def _clip(boxes: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
     return boxes.clip(low, high)
 
 
-def _cells(lines: np.ndarray, start: float, end: float) -> slice:
-    """The cells between ascending grid lines that [start, end) touches."""
-    first = int(np.searchsorted(lines, start, side="right")) - 1
-    last = int(np.searchsorted(lines, end, side="left"))
-    return slice(max(first, 0), min(last, len(lines) - 1))
+def _cells(lines: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> list[slice]:
+    """For each [start, end) the cells between ascending grid lines that it touches."""
+    firsts = np.searchsorted(lines, starts, side="right") - 1
+    lasts = np.searchsorted(lines, ends, side="left")
+    most = len(lines) - 1
+    return [
+        slice(max(first, 0), min(last, most))
+        for first, last in zip(firsts.tolist(), lasts.tolist(), strict=True)
+    ]

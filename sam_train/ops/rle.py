@@ -64,43 +64,18 @@ class Runs:
             return int(x0[0]), 0, int(x1[-1]) + 1, height
         return int(x0[0]), int(y_first.min()), int(x1[-1]) + 1, int(y_last.max()) + 1
 
-    def coverage(self, x_edges: np.ndarray, y_edges: np.ndarray) -> np.ndarray:
-        """The area of the mask in each cell of a grid, exactly.
-
-        The count of ones before a flat position is linear between run ends, so a cell's share of a
-        column is a difference of two interpolations: the work goes with the cells, not the pixels.
-
-        Args:
-            x_edges: (w + 1,) ascending, original pixels; what lies outside the mask counts as 0.
-            y_edges: (h + 1,) likewise.
-
-        Returns:
-            (h, w) float64, in pixels.
-        """
-        height, width = self.size
-        x_edges, y_edges = np.clip(x_edges, 0, width), np.clip(y_edges, 0, height)
-        first, last = int(x_edges[0]), int(np.ceil(x_edges[-1]))
-        if last <= first:
-            return np.zeros((len(y_edges) - 1, len(x_edges) - 1))
-        positions = np.arange(first, last)[:, None] * height + y_edges
-        per_column = np.diff(np.interp(positions, self.edges, self._ones_before()), axis=1)
-        before_column = np.zeros((last - first + 1, per_column.shape[1]))
-        np.cumsum(per_column, axis=0, out=before_column[1:])
-        column = np.minimum(x_edges.astype(np.int64), last - 1) - first
-        fraction = (x_edges - first - column)[:, None]
-        before_edge = before_column[column] + fraction * per_column[column]
-        return np.diff(before_edge, axis=0).T
-
-    def _ones_before(self) -> np.ndarray:
-        lengths = np.diff(self.edges)
-        lengths[0::2] = 0
-        ones = np.zeros(len(self.edges), np.int64)
-        np.cumsum(lengths, out=ones[1:])
-        return ones
-
 
 def size_of(rle: Rle) -> tuple[int, int]:
     """The (H, W) an RLE states."""
+    if (
+        type(rle) is dict
+        and "counts" in rle
+        and type(size := rle.get("size")) is list
+        and len(size) == 2
+        and type(size[0]) is type(size[1]) is int
+        and min(size) > 0
+    ):
+        return size[0], size[1]  # what nearly all are, told without the slower questions below
     if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
         raise ValueError(
             f"an RLE is {{'size': [h, w], 'counts': ...}}, got {type(rle).__name__}"
@@ -127,7 +102,7 @@ def run_lengths(rle: Rle) -> np.ndarray:
         except UnicodeEncodeError:
             raise ValueError("the RLE is damaged: its counts are not ASCII") from None
     if isinstance(counts, bytes):
-        return _uncompress(np.frombuffer(counts, np.uint8))
+        return uncompress(np.frombuffer(counts, np.uint8), np.array([len(counts)]))[0]
     if isinstance(counts, Sequence) and all(type(run) is int for run in counts):
         try:
             return np.asarray(counts, np.int64)
@@ -138,29 +113,52 @@ def run_lengths(rle: Rle) -> np.ndarray:
     )
 
 
-def _uncompress(codes: np.ndarray) -> np.ndarray:
-    """Reads groups of 6-bit digits, 5 of value and 1 for more to come, least significant first."""
+def uncompress(codes: np.ndarray, num_codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reads the compressed counts of several masks at once.
+
+    They are groups of 6-bit digits, 5 of value and 1 for more to come, least significant first.
+
+    Args:
+        codes: (S,) uint8 characters, those of one mask after those of the other.
+        num_codes: (M,) how many belong to each mask.
+
+    Returns:
+        (K,) int64 lengths of the runs of all masks, not checked, and (M,) how many belong to each.
+
+    Raises:
+        ValueError: they are damaged.
+    """
     digits = codes.astype(np.int64) - 48
     if not digits.size:
-        return digits
+        return digits, np.zeros(len(num_codes), np.int64)
     if digits.min() < 0 or digits.max() > 63:
         raise ValueError("the RLE is damaged: its counts hold characters outside '0' to 'o'")
     is_last = digits < 32
-    if not is_last[-1]:
+    ends_of_masks = np.cumsum(num_codes)
+    if not is_last[ends_of_masks[num_codes > 0] - 1].all():
         raise ValueError("the RLE is damaged: its counts end within a number")
     ends = np.flatnonzero(is_last)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    num_digits = ends - starts + 1
-    if num_digits.max() > 7:
+    num_digits = np.diff(ends, prepend=-1)
+    starts = ends - num_digits + 1
+    most = int(num_digits.max())
+    if most > 7:
         raise ValueError("the RLE is damaged: it has a run of more than 35 bits")
-    place = np.arange(len(digits)) - np.repeat(starts, num_digits)
-    values = np.add.reduceat((digits & 31) << (5 * place), starts)
-    negative = (digits[ends] & 16) != 0
-    values = np.where(negative, values - (1 << (5 * num_digits)), values)
+    low_bits = digits & 31
+    values = low_bits[starts]
+    for place in range(1, most):
+        longer = np.flatnonzero(num_digits > place)
+        values[longer] += low_bits[starts[longer] + place] << (5 * place)
+    values -= ((digits[ends] >> 4) & 1) << (5 * num_digits)
+    runs_until = np.searchsorted(ends, ends_of_masks - 1, side="right")
+    firsts = np.concatenate([[0], runs_until[:-1]])
+    num_runs = runs_until - firsts
     # From the fourth run on, a number is the difference from the run two before it.
-    values[1::2] = np.cumsum(values[1::2])
-    values[2::2] = np.cumsum(values[2::2])
-    return values
+    nth = np.arange(len(values)) - np.repeat(firsts, num_runs)
+    for chain in ((nth & 1) == 1, ((nth & 1) == 0) & (nth > 0)):
+        sums = np.cumsum(np.where(chain, values, 0))
+        before = np.concatenate([[0], sums])[firsts]
+        values = np.where(chain, sums - np.repeat(before, num_runs), values)
+    return values, num_runs
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

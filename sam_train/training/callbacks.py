@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,10 @@ from typing import Any, TypeVar
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.utilities import rank_zero_only
 
-from sam_train.structures import ImageBatch
+from sam_train.structures import ImageBatch, ImageRecord
 from sam_train.training import figures, run_folder
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.optim import parameter_table
@@ -147,6 +149,11 @@ class Report(lightning.Callback):
         elif validation_is_due(trainer) and self._latest_step != trainer.global_step:
             # The run was told to stop before it, and Lightning takes it for done.
             self._catch_up(trainer, pl_module)
+            for stopping in _callbacks(trainer, EarlyStopping):
+                trainer.callback_metrics.update(
+                    {f"val/{name}": torch.tensor(score) for name, score in self.latest.items()}
+                )
+                stopping.on_validation_end(trainer, pl_module)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
         if trainer.sanity_checking:
@@ -197,8 +204,7 @@ class Report(lightning.Callback):
         if self.num_pictures:
             path = self.run_dir / "figures" / f"clicks_step{trainer.global_step:06d}.png"
             with _answering(trainer, pl_module):
-                records = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
-                figures.draw_clicks(path, pl_module, records, self.num_pictures)
+                figures.draw_clicks(path, pl_module, _val_records(trainer), self.num_pictures)
         self._draw_curves()
 
     def _draw_curves(self) -> None:
@@ -258,9 +264,17 @@ def _validate(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> dic
     """Runs the validation images outside Lightning's loop, before the first step and after the last."""
     with _answering(trainer, pl_module):
         pl_module.on_validation_epoch_start()
-        for index, record in enumerate(trainer.datamodule.val_dataloader()):  # type: ignore[attr-defined]
+        for index, record in enumerate(_val_records(trainer)):
             pl_module.validation_step(record, index)
         return pl_module.validation_scores()
+
+
+def _val_records(trainer: lightning.Trainer) -> Iterator[ImageRecord]:
+    """This process's validation images, as many as Lightning's loop takes of them."""
+    limit = trainer.limit_val_batches
+    records = trainer.datamodule.val_dataloader()  # type: ignore[attr-defined]
+    # An integer counts; 1.0 is all of them, and Lightning refuses other shares of what has no length.
+    return itertools.islice(records, limit if isinstance(limit, int) else None)
 
 
 @contextmanager

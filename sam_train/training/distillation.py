@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam_train.checkpoints.load import load_model
+from sam_train.checkpoints.build import build_model
+from sam_train.checkpoints.load import load_model, stored_config
 from sam_train.data.datamodule import SamDataModule
 from sam_train.data.embedding_cache import EmbeddingCache
 from sam_train.data.mixture import BySource
@@ -24,6 +26,10 @@ from sam_train.structures import ImageBatch, ImageFeatures, ImageRecord, MaskPre
 from sam_train.training.first_guess import Question
 from sam_train.training.interactive import InteractiveTraining
 
+log = logging.getLogger(__name__)
+
+TAKEN_OVER = ("prompt_encoder", "mask_decoder")
+"""The parts that a student has from its teacher."""
 NOT_ENCODED = re.compile(r"prompt_encoder\.|mask_decoder\.")
 """Names of the weights that image embeddings by themselves have no use for."""
 
@@ -42,10 +48,24 @@ class Teacher:
         self, *, checkpoint: str, cache: str | None = None, img_size: int | None = None
     ) -> None:
         self.model = load_model(checkpoint, img_size=img_size).requires_grad_(False)
+        self.reads_cache = cache is not None
         self.cache: EmbeddingCache | None = None
         if cache is not None:
             encoder, shape = encoder_id(self.model), embedding_shape(self.model)
             self.cache = EmbeddingCache(cache, encoder=encoder, shape=shape)
+
+    @classmethod
+    def without_weights(
+        cls, *, checkpoint: str, cache: str | None = None, img_size: int | None = None
+    ) -> Teacher:
+        """A teacher of the checkpoint's sizes on the meta device, which costs can be reckoned with."""
+        changes = {} if img_size is None else {"image_encoder": {"img_size": img_size}}
+        node = stored_config(checkpoint, changes)
+        teacher = cls.__new__(cls)
+        with torch.device("meta"):
+            teacher.model = build_model(node).requires_grad_(False).eval()
+        teacher.reads_cache, teacher.cache = cache is not None, None
+        return teacher
 
     @torch.no_grad()
     def encode(self, batch: ImageBatch) -> ImageFeatures:
@@ -86,7 +106,7 @@ class Teaching:
 
 
 @dataclass(frozen=True)
-class _AskedTeacher:
+class AskedTeacher:
     """The `Peer` of one step: a teacher that has seen the batch."""
 
     model: Sam
@@ -138,7 +158,7 @@ class Distillation(InteractiveTraining):
         self.has_asked = False
         """Whether a prompt was asked since the last optimiser step."""
         self._check_fits(teacher)
-        for name in ("prompt_encoder", "mask_decoder"):
+        for name in TAKEN_OVER:
             part = getattr(self.model, name)
             _copy(name, getattr(teacher.model, name), part)
             if not teaching.train_decoder:
@@ -162,15 +182,23 @@ class Distillation(InteractiveTraining):
                     f"{expected}, the student's {got}; set model.image_encoder.{name}={expected}"
                     + (f" or teacher.img_size={got}" if name == "img_size" else "")
                 )
-        if teacher.cache is not None and self.half_size_share:
+        if teacher.reads_cache and self.half_size_share:
             raise ValueError(
                 "teacher.cache holds embeddings of images of full size: set task.half_size_share=0, or "
                 "teacher.cache=null"
             )
 
     def setup(self, stage: str) -> None:
-        """Refuses changes to the images that the cache knows nothing of."""
+        """Refuses changes to the images that the cache knows nothing of.
+
+        Weights that were put into the student meanwhile, as checkpoint=PATH does, are its encoder's: what
+        stays the teacher's is taken over again.
+        """
         super().setup(stage)
+        if not self.teaching.train_decoder and (others := self._not_the_teachers()):
+            log.info("%s: the teacher's, not those that the student was given", ", ".join(others))
+            for name in others:
+                _copy(name, getattr(self._teacher[0].model, name), getattr(self.model, name))
         data = getattr(self.trainer, "datamodule", None)
         if self.teacher.cache is None or not isinstance(data, SamDataModule):
             return
@@ -186,6 +214,28 @@ class Distillation(InteractiveTraining):
                         f"data.train_transform.{name}=null, or teacher.cache=null"
                     )
 
+    def on_fit_start(self) -> None:
+        """Sees that a run goes on with the teacher that it began with.
+
+        Raises:
+            ValueError: it is another, whose decoder is not the one that the student has learnt to serve.
+        """
+        if not self.teaching.train_decoder and (others := self._not_the_teachers()):
+            raise ValueError(
+                f"the student's {' and '.join(others)} stay the teacher's, but teacher.checkpoint now holds "
+                "other weights than when this run began: give it the file of then, or choose another "
+                "run_dir=PATH"
+            )
+
+    def _not_the_teachers(self) -> list[str]:
+        """The parts that are to be the teacher's and are not."""
+        (teacher,) = self._teacher
+        return [
+            name
+            for name in TAKEN_OVER
+            if not _are_equal(getattr(teacher.model, name), getattr(self.model, name))
+        ]
+
     def train(self, mode: bool = True) -> Distillation:
         """Leaves out the dropout of what is the teacher's."""
         super().train(mode)
@@ -197,22 +247,23 @@ class Distillation(InteractiveTraining):
     def _loss(self, batch: ImageBatch) -> Tensor:
         features = self.model.encode(batch.images, batch.input_sizes)
         taught = self.teacher.encode(batch)
-        errors = self._embedding_errors(features, taught, batch)
+        errors = self.embedding_errors(features, taught, batch.input_sizes)
         error = errors.sum() / self._mean_over_ranks(len(errors))
         self.log("train/embedding_error", error.detach())
         if self._progress_of_all() < self.teaching.embeddings_share:
             return error + self._nothing_left_out(NOT_ENCODED)
         self.has_asked = True
-        peer = _AskedTeacher(self.teacher.model, taught, self.teaching)
+        peer = AskedTeacher(self.teacher.model, taught, self.teaching)
         loss = self._prompted_loss(features, batch, peer)
         return loss + self.teaching.embedding_weight * error
 
-    def _embedding_errors(
-        self, features: ImageFeatures, taught: ImageFeatures, batch: ImageBatch
+    def embedding_errors(
+        self, features: ImageFeatures, taught: ImageFeatures, input_sizes: Tensor
     ) -> Tensor:
+        """How far the student's embeddings are from the teacher's, padding left out: (N,)."""
         embeddings = features.image_embeddings
         encoder = self.model.image_encoder
-        inside = cells_inside(batch.input_sizes, embeddings.shape[-1], encoder.stride)
+        inside = cells_inside(input_sizes, embeddings.shape[-1], encoder.stride)
         return embedding_errors(
             embeddings, taught.image_embeddings, inside, out_chans=encoder.out_chans
         )
@@ -243,6 +294,11 @@ class Distillation(InteractiveTraining):
     def on_validation_epoch_start(self) -> None:
         super().on_validation_epoch_start()
         self.val_metrics = TaughtMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
+
+
+def _are_equal(theirs: nn.Module, ours: nn.Module) -> bool:
+    state = ours.state_dict()
+    return all(torch.equal(t, state[name].to(t.device)) for name, t in theirs.state_dict().items())
 
 
 def _copy(name: str, theirs: nn.Module, ours: nn.Module) -> None:

@@ -5,6 +5,7 @@ checkpoints/last.ckpt   where the run goes on from; previous.ckpt, the one befor
 metrics.csv             a row a log step
 metrics.json            written last: it marks the run as finished
 train.log               what the terminal showed, and tracebacks
+.lock                   while a process trains here: see run_lock.py
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class WeightAverage(lightning.Callback):
@@ -16,6 +16,9 @@ class WeightAverage(lightning.Callback):
 
     Validation, pictures and `best.ckpt` are of the average; `last.ckpt` holds both. The first steps
     count for more, min(decay, (1 + steps) / (10 + steps)), so that the start is soon forgotten.
+
+    Batch norm's means and variances (TinyViT has them) are averaged alike: those of the latest weights are
+    of other activations than the average's.
 
     Args:
         decay: in [0, 1); 0.999 looks back about a thousand steps.
@@ -82,4 +85,8 @@ class WeightAverage(lightning.Callback):
 
 
 def _weights(pl_module: Any) -> list[Tensor]:
-    return [parameter.detach() for parameter in pl_module.model.parameters()]
+    """What is averaged: the parameters, and the running statistics of batch norms."""
+    parameters = [parameter.detach() for parameter in pl_module.model.parameters()]
+    norms = (m for m in pl_module.model.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
+    statistics = [s for norm in norms for s in (norm.running_mean, norm.running_var)]
+    return parameters + [s for s in statistics if s is not None]

@@ -18,8 +18,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sam_train.convert.job import MANIFEST, PARTS, _Judge, _Tally, conversion
+from sam_train.convert.job import PARTS, conversion
+from sam_train.convert.manifest import MANIFEST
 from sam_train.convert.sample import ShardSettings, safe_key
+from sam_train.convert.tally import Judge, Tally
 from sam_train.convert.unit import Part, convert_unit
 from sam_train.convert.units import tolerant
 from sam_train.data.folder import FolderItems
@@ -344,7 +346,7 @@ def test_damage_met_for_both_splits_counts_once(convert, data, tmp_path):
 
 def test_damage_of_the_same_name_in_other_files_counts_twice():
     part = {"damaged": [("im.4", "no image")]}
-    tally = _Tally()
+    tally = Tally()
     for split in ("train", "train", "val"):
         tally.add(Part(split=split, **part))
     assert len(tally.all_damaged()) == 3
@@ -353,8 +355,8 @@ def test_damage_of_the_same_name_in_other_files_counts_twice():
 
 
 def test_a_share_still_unread_is_not_held_against_the_images_that_are_read():
-    tally = _Tally(kept_share=0.5)
-    judge = _Judge(0.05, tally)
+    tally = Tally(kept_share=0.5)
+    judge = Judge(0.05, tally)
     damaged = [(f"im.{number}", "no image") for number in range(50)]
     judge.add(Part(split="train", keys=list(map(str, range(475))), damaged=damaged))
     judge.add(Part(split="val", keys=list(map(str, range(475))), damaged=damaged))

@@ -10,6 +10,7 @@ from pycocotools.coco import COCO
 from sam_train.data.coco import CocoItems, PanopticItems
 from sam_train.data.indexed import IndexedSource
 from sam_train.data.json_lists import elements
+from sam_train.data.source import UnusableSourceError
 from sam_train.ops import rle
 
 HEIGHT, WIDTH = 40, 60
@@ -175,6 +176,59 @@ def test_sizes_may_be_absent_and_images_lie_deeper_or_not(write):
         items.record(1)
 
 
+def put(folder, *names, size=(HEIGHT, WIDTH)):
+    for name in names:
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((*size, 3), np.uint8)).save(folder / "images" / name)
+
+
+@pytest.mark.parametrize(
+    ("stated", "file"),
+    [("train2017/1.jpg", "1.jpg"), ("1.jpg", "train/x/1.jpg"), ("a/1.jpg", "b/1.jpg")],
+)
+def test_an_image_elsewhere_is_found_by_its_bare_name_and_that_is_said(
+    write, tmp_path, caplog, stated, file
+):
+    items = write(images=[image(7, stated)], annotations=[one()])
+    (tmp_path / "images" / stated).unlink(missing_ok=True)
+    put(tmp_path, file, "other.jpg")
+    assert items.record(0).read_file() == (tmp_path / "images" / file).read_bytes()
+    assert caplog.text.count("bare names") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "files", "said"),
+    [
+        (["train/1.jpg"], ["a/1.jpg", "b/1.jpg"], "no image train/1.jpg .* be a/1.jpg or b/1.jpg"),
+        (["train/1.jpg", "val/1.jpg"], ["1.jpg"], "no image train/1.jpg .* 1.jpg .* val/1.jpg"),
+        (["val/1.jpg", "train/1.jpg"], ["train/1.jpg"], "no image val/1.jpg .*that of train/1.jpg"),
+    ],
+)
+def test_of_two_that_may_be_meant_none_is_taken(write, tmp_path, names, files, said):
+    images = [image(number, name) for number, name in enumerate(names)]
+    # Only the first has annotations: the others' names count all the same.
+    items = write(images=images, annotations=[one(image_id=0)])
+    put(tmp_path, *files)
+    with pytest.raises(ValueError, match=f"{said}.* data.images"):
+        items.record(0)
+
+
+def test_a_file_found_by_its_bare_name_must_have_the_stated_size(write, tmp_path):
+    items = write(images=[image(7, "train/1.jpg")], annotations=[one()])
+    put(tmp_path, "1.jpg", size=(HEIGHT, WIDTH - 1))
+    with pytest.raises(ValueError, match=f"1.jpg is another: it is {HEIGHT} x {WIDTH - 1} pixels"):
+        items.record(0)
+
+
+def test_images_of_one_name_in_several_folders_are_no_problem_where_they_lie_there(write, tmp_path):
+    put(tmp_path, "train/1.jpg", "val/1.jpg")
+    items = write(
+        images=[image(1, "train/1.jpg"), image(2, "val/1.jpg")],
+        annotations=[one(image_id=1), one(image_id=2, number=2)],
+    )
+    assert [items.record(index).key for index in range(2)] == ["train/1", "val/1"]
+
+
 def test_keys_are_unique(write):
     images = [image(1, "a.jpg"), image(2, "a.png"), image(3, "b.jpg"), image(4, "b.jpg")]
     items = write(images=images, annotations=[one(image_id=i, number=i) for i in range(1, 5)])
@@ -199,12 +253,20 @@ def test_missing_paths_are_named(tmp_path, write):
         len(CocoItems(images=items.images, annotations=str(tmp_path / "gone.json")))
 
 
-def test_a_file_that_changes_is_noticed(write, tmp_path):
-    items = write()
-    assert len(items) == 1
-    (tmp_path / "coco.json").write_text("{} ")
-    with pytest.raises(ValueError, match="has changed"):
-        items.record(0)
+@pytest.mark.parametrize("text", ["{} ", "", '{"images": [0, ' + " " * 900 + "\xff", None])
+@pytest.mark.parametrize("max_bad_fraction", [0, 1])
+def test_a_file_that_changes_while_it_is_read_is_one_error(write, tmp_path, text, max_bad_fraction):
+    items = write(
+        images=[image(7, "a.jpg"), image(8, "b.jpg")],
+        annotations=[one(), one(image_id=8, number=2)],
+    )
+    source = IndexedSource(items=items, max_bad_fraction=max_bad_fraction)
+    records = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
+    assert next(records).key == "a"
+    path = tmp_path / "coco.json"
+    path.unlink() if text is None else path.write_text(text, "latin-1")
+    with pytest.raises(UnusableSourceError, match=r"coco\.json (has changed|is gone) since.*again"):
+        next(records)
 
 
 def test_a_reader_process_is_sent_places_and_no_annotations(write):
@@ -216,6 +278,8 @@ def test_a_reader_process_is_sent_places_and_no_annotations(write):
     )
     assert len(items) == 200
     assert len(pickle.dumps(items)) < 200 * 100
+    arrays = [one for one in vars(items.index).values() if isinstance(one, np.ndarray)]
+    assert sum(one.nbytes for one in arrays) == 200 * 16 + 200 * 42 + 8  # as docs/data.md says
 
 
 def test_elements_have_their_bytes():

@@ -128,6 +128,21 @@ def test_a_resumed_stream_goes_on_with_the_next_batch(module, num_workers, num_u
     )
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_loader_that_is_begun_again_goes_on_with_the_next_batch(module, num_workers):
+    whole = used(module(num_workers=num_workers), 9)
+    data = module(num_workers=num_workers)
+    loader = data.train_dataloader()
+    seeds = []
+    for _ in range(3):  # as Lightning does, with one fetched ahead
+        batches = iter(loader)
+        ahead = next(batches)
+        for _ in range(3):
+            batch, ahead = ahead, next(batches)
+            seeds.append(data.transfer_batch_to_device(batch, CPU, 0).seeds)
+    assert seeds == [batch.seeds for batch in whole]
+
+
 def test_with_other_readers_it_goes_on_with_the_next_epoch(module, caplog):
     first = module()
     used(first, 6)
@@ -135,6 +150,30 @@ def test_with_other_readers_it_goes_on_with_the_next_epoch(module, caplog):
     resumed.load_state_dict(first.state_dict())
     assert resumed.state_dict()["readers"] == [(2, ()), (2, ())]
     assert "readers has changed" in caplog.text
+
+
+def test_with_a_shard_less_it_goes_on_with_the_next_epoch_and_says_so(module, tmp_path, caplog):
+    first = module(counts=(6, 6, 6))
+    used(first, 3)
+    state = first.state_dict()
+    (tmp_path / "train" / "part-000001.tar").unlink()
+    assert first.state_dict() == state, "a checkpoint is written all the same"
+
+    resumed = module(counts=(6,))
+    resumed.load_state_dict(state)
+
+    assert resumed.state_dict()["readers"] == [(1, ())]
+    assert "the shards are not those of before (2 shards" in caplog.text
+    assert "going on at the start of epoch 1" in caplog.text
+
+
+def test_a_checkpoint_that_does_not_name_its_shards_is_gone_on_from(module):
+    first = module()
+    used(first, 2)
+    state = first.state_dict()
+    resumed = module()
+    resumed.load_state_dict({name: one for name, one in state.items() if name != "shards"})
+    assert resumed.state_dict() == state
 
 
 def test_resuming_reads_no_more_than_the_window_that_was_open(module, tmp_path, make, monkeypatch):

@@ -93,19 +93,19 @@ def test_each_file_is_an_object(folder, tmp_path, names, kind):
 
 
 @pytest.mark.parametrize(
-    ("white", "dtype", "said"),
+    ("white", "dtype", "kind"),
     [
-        (255, np.uint8, "no values but"),
-        (1, np.uint8, "no values but"),
-        (65535, np.uint16, "no values"),
+        (255, np.uint8, "objects"),
+        (1, np.uint8, "index"),
+        (65535, np.uint16, "objects"),
     ],
 )
-def test_one_file_in_black_and_white_is_one_object(folder, tmp_path, white, dtype, said, caplog):
+def test_one_file_in_black_and_white_is_one_object(folder, tmp_path, white, dtype, kind, caplog):
     drawn = labels(white, white, dtype=dtype)
     save(tmp_path / "masks" / "a.png", drawn)
     with caplog.at_level(logging.INFO):
         np.testing.assert_array_equal(masks_of(folder("a.jpg"))[0], drawn > 0)
-    assert "kind=objects" in caplog.text and said in caplog.text
+    assert f"kind={kind}" in caplog.text and "no values but" in caplog.text
 
 
 def test_a_soft_mask_is_cut_at_the_threshold_and_not_taken_for_numbers(folder, tmp_path):
@@ -244,6 +244,63 @@ def test_a_mask_file_of_one_dark_value_is_an_object_and_of_several_is_damage(tmp
     save(tmp_path / "masks" / "a" / "1.png", two)
     with pytest.raises(ValueError, match=r"1\.png exceeds threshold=0\.5"):
         items.record(0)
+
+
+def a_set(folder, tmp_path, usual, odd, **settings):
+    """A hundred images with the same mask but for one that is not among those looked at."""
+    for number in range(100):
+        save(tmp_path / "masks" / f"{number:03d}.png", odd if number == 7 else usual)
+    return folder(*(f"{number:03d}.jpg" for number in range(100)), **settings)
+
+
+def test_masks_of_0_and_1_with_one_of_two_objects_among_them_are_one_kind(folder, tmp_path):
+    odd = labels(1, 2)
+    items = a_set(folder, tmp_path, labels(1), odd)
+    assert items.pairs.kind.name == "index"
+    assert_stripes(items, [1], labels(1), 6)
+    assert_stripes(items, [1, 2], odd, 7)
+
+
+SOFT_MASK = np.repeat(np.linspace(0, 4000, SIZE[0]).clip(0, 255).astype(np.uint8)[:, None], 30, 1)
+
+
+@pytest.mark.parametrize(
+    ("usual", "odd", "said"),
+    [
+        (labels(255), labels(1, 2), "kind=objects, .*but by itself it is kind=index"),
+        (labels(255), labels(50, 128, 200), "kind=objects, .*but by itself it is kind=index"),
+        (labels(128), labels(128, 129), "kind=objects, .*but by itself it is kind=index"),
+        (labels(1), SOFT_MASK, "kind=index, .*but by itself it is kind=objects"),
+        (
+            labels(255),
+            np.stack([labels(255, 9), labels(9), labels(1)], 2),
+            "itself it is kind=colour",
+        ),
+    ],
+)
+def test_a_mask_of_another_kind_than_those_looked_at_is_damage_that_names_the_setting(
+    folder, tmp_path, usual, odd, said
+):
+    items = a_set(folder, tmp_path, usual, odd)
+    assert len(masks_of(items, 6)) == 1
+    with pytest.raises(ValueError, match=rf"007\.png .*{said}.*data\.train\.items\.kind="):
+        items.record(7)
+    stated = a_set(folder, tmp_path, usual, odd, kind="index" if odd.ndim == 2 else "colour")
+    assert len(masks_of(stated, 7)) > 1
+
+
+@pytest.mark.parametrize("odd", [labels(0), labels(1), labels(70), SOFT_MASK])
+def test_other_masks_of_one_object_are_no_other_kind(folder, tmp_path, odd):
+    items = a_set(folder, tmp_path, labels(255), odd)
+    assert len(masks_of(items, 7)) == int(odd.any())
+
+
+def test_a_mask_that_counts_as_black_is_said_once(folder, tmp_path, caplog):
+    for name, values in {"a/1": (255,), "a/2": (0, 255), "b": (2, 3), "c": (1, 2)}.items():
+        save(tmp_path / "masks" / f"{name}.png", labels(*values))
+    items = folder("a.jpg", "b.jpg", "c.jpg")
+    assert [len(masks_of(items, index)) for index in range(3)] == [2, 0, 0]
+    assert caplog.text.count("counts as black") == 1 and "kind=index" in caplog.text
 
 
 def test_photographs_are_not_taken_for_their_own_masks(tmp_path):

@@ -3,11 +3,12 @@ from itertools import islice
 
 import pytest
 
-from sam_train.data.datamodule import SamDataModule, hold_out
+from sam_train.data.datamodule import SamDataModule
 from sam_train.data.mixture import BySource, MixtureSource
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.source import HeldOut, UnusableSourceError
 from sam_train.data.transforms import ToSample
+from sam_train.data.val_choice import hold_out
 
 
 @pytest.fixture

@@ -88,12 +88,12 @@ def test_an_object_thinner_than_a_cell_does_not_vanish(make):
 def test_only_drawn_masks_are_decoded_and_each_once(make, monkeypatch):
     decoded = []
 
-    class Counting(transforms.Runs):
-        def __init__(self, rle):
-            decoded.append(rle["counts"])
-            super().__init__(rle)
+    class Counting(transforms.ManyRuns):
+        def __init__(self, rles):
+            decoded.extend(rle["counts"] for rle in rles)
+            super().__init__(rles)
 
-    monkeypatch.setattr(transforms, "Runs", Counting)
+    monkeypatch.setattr(transforms, "ManyRuns", Counting)
     boxes = itertools.product(range(0, 60, 6), range(0, 60, 6))
     record = make.record("a", np.stack([rectangle((64, 64), x, y, x + 4, y + 4) for x, y in boxes]))
     for seed in range(5):
@@ -220,3 +220,20 @@ def test_a_view_that_is_shrunk_shows_the_same_from_a_reduced_decoding(make, crop
         assert torch.equal(ours.masks, expected.masks)
     # 419 px to 64 is 1 to 6.5; a crop that is shown larger is decoded finer.
     assert set(asked) == {4} if crop is None else len(set(asked)) > 1
+
+
+@pytest.mark.parametrize("crop", [None, LargeScaleJitter(scale=(0.5, 3.0))])
+def test_a_sample_is_the_same_from_a_picture_and_from_pixels_in_the_cache(make, crop):
+    size = (301, 419)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+    record = make.record("a", rectangle(size, 10, 10, 400, 290)[None], pixels)
+    record = decode_record("a", encode_record(record))
+
+    def from_pixels(shrink):
+        picture, taken = record.load_reduced(shrink)
+        return np.asarray(picture), taken
+
+    kept = dataclasses.replace(record, load_reduced=from_pixels)
+    transform = to_sample(crop=crop, flips=ALL_FLIPS)
+    for seed in range(20):
+        assert torch.equal(transform(record, seed).image, transform(kept, seed).image)

@@ -16,19 +16,6 @@ def random_masks(count: int = 60) -> list[np.ndarray]:
     return masks
 
 
-def summed_area(mask: np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray) -> np.ndarray:
-    """The area in each cell by brute force: every pixel's overlap with every cell."""
-    height, width = mask.shape
-
-    def overlap(edges: np.ndarray, length: int) -> np.ndarray:
-        pixels = np.arange(length)
-        low = np.maximum(edges[:-1, None], pixels)
-        high = np.minimum(edges[1:, None], pixels + 1)
-        return np.maximum(high - low, 0)
-
-    return overlap(y_edges, height) @ mask @ overlap(x_edges, width).T
-
-
 @pytest.mark.parametrize("mask", random_masks())
 def test_measures_agree_with_the_pixels_and_with_pycocotools(mask):
     reference = coco_mask.encode(np.asfortranarray(mask, np.uint8))
@@ -59,17 +46,6 @@ def test_a_crop_is_encoded_as_the_whole_mask_it_lies_in(mask, top, left, below, 
     whole = np.pad(mask, ((top, below), (left, right)))
 
     assert rle.encode_crop(mask, top, left, whole.shape) == rle.encode(whole)
-
-
-@pytest.mark.parametrize("mask", random_masks(30))
-def test_coverage_is_the_exact_area_in_each_cell_of_any_grid(mask):
-    rng = np.random.default_rng(mask.size)
-    x_edges = np.sort(rng.uniform(-2, mask.shape[1] + 2, 6))
-    y_edges = np.sort(rng.uniform(-2, mask.shape[0] + 2, 5))
-
-    covered = rle.Runs(rle.encode(mask)).coverage(x_edges, y_edges)
-
-    np.testing.assert_allclose(covered, summed_area(mask, x_edges, y_edges), atol=1e-9)
 
 
 def test_masks_of_one_size_decode_together_and_none_is_no_error():

@@ -240,6 +240,30 @@ def test_a_run_stopped_after_its_last_step_still_writes_its_report(
     assert rows(tmp_path, "train/loss") == rows(finished, "train/loss")
 
 
+@pytest.mark.parametrize("stopped_at", [None, 2, 3, 4])
+def test_batches_counted_off_in_epochs_are_those_of_a_run_without_end(
+    finished: Path,
+    train: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    signals_restored: dict[int, Any],
+    stopped_at: int | None,
+) -> None:
+    limited = [*SIX_STEPS, "+trainer.limit_train_batches=3"]
+    if stopped_at is not None:
+        with monkeypatch.context() as patched:
+            signal_at_step(patched, signal.SIGINT, step=stopped_at)
+            assert train(*limited) == 130
+
+    assert train(*limited) == 0
+
+    there, here = weights(finished), weights(tmp_path)
+    assert all(torch.equal(there[name], here[name]) for name in there)
+    losses = rows(finished, "train/loss")
+    expected = {step: loss for step, loss in losses.items() if step + 1 != stopped_at}
+    assert rows(tmp_path, "train/loss") == expected
+
+
 def test_time_ends_a_run_and_a_resumed_clock_has_run_out(train: Run, tmp_path: Path) -> None:
     budget = ["trainer.max_steps=-1", "trainer.max_time=00:00:00:03"]
     assert train(*budget) == 0
@@ -386,6 +410,25 @@ def test_validation_can_be_switched_off(train: Run, tmp_path: Path) -> None:
     assert all(torch.equal(best[name], last[f"model.{name}"]) for name in best)
 
 
+def test_every_validation_looks_at_as_many_images_as_were_asked_for(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    scores = InteractiveTraining.validation_scores
+
+    def counted(self: InteractiveTraining) -> dict[str, float]:
+        found = scores(self)
+        counts.append(self.num_val_images)
+        return found
+
+    monkeypatch.setattr(InteractiveTraining, "validation_scores", counted)
+    settings = ["trainer.max_steps=3", "trainer.val_check_interval=2", "data.max_val_masks=null"]
+    assert train(*settings, "trainer.limit_val_batches=2") == 0
+
+    assert counts == [2, 2, 2], "before the first step, in Lightning's loop, after the last"
+    assert result(tmp_path)["num_images"] == 2
+
+
 def test_a_validation_that_was_due_when_the_run_was_stopped_is_caught_up_on(
     train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_restored: dict[int, Any]
 ) -> None:
@@ -401,6 +444,25 @@ def test_a_validation_that_was_due_when_the_run_was_stopped_is_caught_up_on(
     whole = tmp_path / "whole"
     assert train(*often, f"run_dir={whole}") == 0
     assert list(stopped.values()) == list(rows(whole, "val/mean_iou@1").values())
+
+
+def test_early_stopping_counts_a_validation_that_is_caught_up_on(
+    train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals_restored: dict[int, Any]
+) -> None:
+    no_better = [
+        "callbacks=early_stopping",
+        "callbacks.early_stopping.patience=1",
+        "optim.lr=1e-12",
+        "trainer.val_check_interval=1",
+        "trainer.max_steps=5",
+    ]
+    with monkeypatch.context() as patched:
+        signal_at_step(patched, signal.SIGINT, step=2)
+        assert train(*no_better) == 130
+
+    assert train(*no_better) == 0
+
+    assert result(tmp_path)["metrics"]["steps"] == 2, "the first sets the mark, the second ends it"
 
 
 def test_an_average_of_the_weights_is_what_is_kept_as_best(train: Run, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import torch
 from hydra.errors import InstantiationException
 from torch import Tensor
 
-from sam_train import config
+from sam_train import cli, config
+from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.checkpoints.load import load_model
 from sam_train.data.embedding_cache import EmbeddingCache, thumbnails
 from sam_train.models.fingerprint import embedding_shape, encoder_id
@@ -388,6 +389,42 @@ def test_the_students_checkpoint_stands_alone_and_its_scores_say_both(
     assert names <= scores.keys() <= written.keys()
     assert (tmp_path / "run" / "best.ckpt").is_file()
     assert set(training.state_dict()) == {f"model.{name}" for name in loaded.state_dict()}
+
+
+@pytest.mark.parametrize("train_decoder", [False, True])
+def test_a_checkpoint_to_start_from_gives_the_encoder_where_the_decoder_stays_the_teachers(
+    make: Make, toy: list[str], toy_teacher: Path, tmp_path: Path, train_decoder: bool
+) -> None:
+    torch.manual_seed(7)
+    node = config.compose("train", toy).model
+    given = config.instantiate(node)
+    path = tmp_path / "given.ckpt"
+    state = {f"model.{name}": tensor for name, tensor in given.state_dict().items()}
+    record = checkpoint_payload(config.plain(node, resolve=True))
+    torch.save({RECORD_KEY: record, "state_dict": state}, path)
+    argv = ["task=distill", f"teacher.checkpoint={toy_teacher}", f"checkpoint={path}"]
+    still = ["trainer.max_steps=1", "optim.lr=1e-12", "trainer.limit_val_batches=0"]
+    folder = tmp_path / "run"
+    choice = f"task.teaching.train_decoder={train_decoder}"
+
+    assert cli.run("train", [*toy, *argv, *still, choice, f"run_dir={folder}"]) == 0
+
+    trained, teacher = load_model(folder / "checkpoints/last.ckpt"), load_model(toy_teacher)
+    for name, tensor in trained.state_dict().items():
+        is_given = train_decoder or name.startswith("image_encoder.")
+        torch.testing.assert_close(tensor, (given if is_given else teacher).state_dict()[name])
+
+
+def test_a_run_does_not_go_on_with_another_teacher(
+    make: Make, toy: list[str], toy_teacher: Path, tmp_path: Path
+) -> None:
+    run(toy, toy_teacher, tmp_path / "one", max_steps=1)
+    other = torch.load(toy_teacher, weights_only=True)
+    other["state_dict"]["model.mask_decoder.iou_token.weight"] += 1
+    torch.save(other, toy_teacher)
+
+    with pytest.raises(ValueError, match="mask_decoder stay the teacher's, .* other weights"):
+        run(toy, toy_teacher, tmp_path / "two", resume=tmp_path / "one/last.ckpt", max_steps=2)
 
 
 @pytest.mark.slow

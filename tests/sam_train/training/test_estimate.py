@@ -10,21 +10,13 @@ import torch
 import yaml
 
 from sam_train import cli, config, doctor
-from sam_train.training.estimate import (
-    OVERHEAD,
-    Phase,
-    Run,
-    Speed,
-    StepCost,
-    can_checkpoint,
-    fitting_batch_size,
-    measure_speed,
-    phases,
-    step_cost,
-)
+from sam_train.training.distillation import Distillation, Teacher
+from sam_train.training.estimate import OVERHEAD, can_checkpoint, fitting_batch_size
 from sam_train.training.finetune import freeze
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.ledger import Operation
+from sam_train.training.machine_speed import Speed, measure_speed
+from sam_train.training.step_cost import Phase, Run, StepCost, phases, step_cost
 
 Cost = Callable[..., StepCost]
 VIT = [
@@ -106,7 +98,7 @@ def test_a_run_in_phases_is_told_phase_by_phase() -> None:
         module = config.instantiate(cfg.task)
     found = phases(module, Run(batch_size=8, num_masks=96))
 
-    assert [phase[1:] for phase in found] == [(128, 0), (128, 8), (256, 8)]
+    assert [phase[1:] for phase in found] == [(128, 0, 384), (128, 8, 384), (256, 8, 384)]
     assert [phase.share for phase in found] == pytest.approx([0.3, 0.5, 0.2])
 
 
@@ -115,7 +107,7 @@ def test_a_model_with_a_first_guess_is_counted_too() -> None:
         cfg = config.compose("train", ["experiment=quickstart"])
         module = config.instantiate(cfg.task)
     run = Run(batch_size=2, num_masks=4)
-    memory = step_cost(module, run, Phase(1.0, 64, 2)).memory
+    memory = step_cost(module, run, Phase(1.0, 64, 2, 16)).memory
 
     assert memory.kept["first guess"] > 0
     assert memory.kept["decoder passes"] > 0
@@ -200,6 +192,20 @@ def test_an_automatic_batch_size_is_chosen_once_a_run(
     assert after == chosen
 
 
+def test_an_image_of_a_mixture_counts_with_the_most_masks_that_any_of_its_sets_may_draw(
+    toy: list[str],
+) -> None:
+    scenes = ("data.train.", "data.val.")
+    argv = [one for one in toy if not one.startswith(scenes)]
+    argv += ["data=mixture", "data.batch_size=3", "data.transforms.nuclei.max_masks=32"]
+    _, run = cli._imagined(config.compose("train", argv))
+    assert run.num_masks == 3 * 32
+
+    argv.append("data.train_transform.max_masks=50")
+    _, run = cli._imagined(config.compose("train", argv))
+    assert run.num_masks == 3 * 50
+
+
 def test_running_out_of_memory_ends_in_advice(
     toy: list[str],
     tmp_path: Path,
@@ -227,12 +233,57 @@ def test_an_attempt_that_reached_no_checkpoint_decides_no_batch_size(
     assert 1 < chosen < 77
 
 
-def test_a_teacher_is_not_counted_and_that_is_said(
-    toy: list[str], capsys: pytest.CaptureFixture[str]
+def taught(toy: list[str], checkpoint: Path, *overrides: str, **settings: str) -> Distillation:
+    """A distillation without weights."""
+    argv = [*toy, "task=distill", f"teacher.checkpoint={checkpoint}", *overrides]
+    teacher = Teacher.without_weights(checkpoint=str(checkpoint), **settings)
+    with torch.device("meta"):
+        module = config.instantiate(config.compose("train", argv).task, teacher=teacher)
+    assert isinstance(module, Distillation)
+    return module
+
+
+def test_a_teachers_weights_and_answers_are_counted_and_kept_for_nothing(
+    toy: list[str], toy_teacher: Path
 ) -> None:
-    argv = [*toy, "task=distill", "teacher.checkpoint=t.ckpt", "estimate=true"]
-    assert cli.run("train", argv) == 2
-    assert "do not count a teacher" in capsys.readouterr().err
+    module = taught(toy, toy_teacher, "task.teaching.embeddings_share=0.5")
+    run = Run(batch_size=2, num_masks=4)
+    assert [(p.share, p.num_played) for p in phases(module, run)] == [(0.5, 0), (0.5, 4)]
+
+    alone, asked = (step_cost(module, run, phase) for phase in phases(module, run))
+
+    model = module.teacher.model
+    num_bytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    assert alone.memory.teacher == asked.memory.teacher == num_bytes
+    flops = [
+        sum(op.flops for op in cost.operations if op.part.startswith("teacher"))
+        for cost in (alone, asked)
+    ]
+    assert 0 < flops[0] < flops[1], "its encoder, and then its answers"
+    kept = asked.memory.kept
+    assert kept["teacher"] < kept["image encoder"] and kept["decoder passes"] > 0
+
+
+def test_embeddings_from_a_cache_cost_the_teacher_no_arithmetic(
+    toy: list[str], toy_teacher: Path
+) -> None:
+    module = taught(toy, toy_teacher, cache="anywhere")
+    run = Run(batch_size=2, num_masks=4)
+    cost = step_cost(module, run, phases(module, run)[-1])
+    assert sum(op.flops for op in cost.operations if op.part == "teacher") == 0
+    assert cost.memory.teacher > 0, "validation asks it all the same"
+
+
+def test_the_command_tells_the_cost_of_a_distillation(
+    toy: list[str], toy_teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*toy, "experiment=distill", f"teacher.checkpoint={toy_teacher}", "data=synthetic"]
+    argv += ["estimate=true", "estimate_tflops=1", f"run_dir={tmp_path / 'run'}"]
+    assert cli.run("train", argv) == 0
+    text = capsys.readouterr().out
+    for line in ("teacher: 0.", "teacher's weights", "embeddings alone", "masks played"):
+        assert line in text
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_host_has_memory_left() -> None:

@@ -191,7 +191,8 @@ def segment(cfg: DictConfig) -> None:
 
     if "mode" not in cfg:
         raise ValueError(
-            "say mode=points points=[[x,y,label],...] or mode=boxes boxes=[[x0,y0,x1,y1],...]"
+            "say mode=automatic, mode=points points=[[x,y,label],...] or "
+            "mode=boxes boxes=[[x0,y0,x1,y1],...]"
         )
     config.check_complete(cfg)
     _prepare_host()
@@ -210,6 +211,8 @@ def segment(cfg: DictConfig) -> None:
         "mode": config.plain(cfg.mode, resolve=True),
     }
     print(files.run(segmenter, made_with))
+    if hasattr(segmenter, "report") and segmenter.report.points:
+        print(segmenter.report)
 
 
 def _prepare_host() -> None:

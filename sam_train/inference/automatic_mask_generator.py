@@ -155,7 +155,7 @@ class SamAutomaticMaskGenerator:
         found = Candidates.joined(parts)
         if len(all_crops) > 1:
             x0, y0, x1, y1 = found.crop_boxes.unbind(1)
-            kept = _nms(found.boxes, 1 / ((x1 - x0) * (y1 - y0)), self.crop_nms_thresh)
+            kept = nms(found.boxes, 1 / ((x1 - x0) * (y1 - y0)), self.crop_nms_thresh)
             duplicates = len(found.edges) - len(kept)
             report = report.plus(FilterReport(duplicates_across_crops=duplicates))
             found = found.take(kept)
@@ -184,7 +184,7 @@ class SamAutomaticMaskGenerator:
         found = found.take(chosen)._replace(edges=[own.edges for own in mended], boxes=last_pixels)
         # What needed no mending stays before what did.
         is_unchanged = torch.tensor([float(not own.changed) for own in mended])
-        kept = _nms(last_pixels, is_unchanged, max(self.box_nms_thresh, self.crop_nms_thresh))
+        kept = nms(last_pixels, is_unchanged, max(self.box_nms_thresh, self.crop_nms_thresh))
         duplicates = len(mended) - len(kept)
         report = FilterReport(too_small=too_small, duplicates_after_mending=duplicates)
         return found.take(kept), report
@@ -204,7 +204,7 @@ class SamAutomaticMaskGenerator:
             report = report.plus(rejected)
         predictor.reset_image()
         found = Candidates.joined(parts)
-        kept = _nms(found.boxes, found.iou_predictions, self.box_nms_thresh)
+        kept = nms(found.boxes, found.iou_predictions, self.box_nms_thresh)
         duplicates = len(found.edges) - len(kept)
         return found.take(kept), report.plus(FilterReport(duplicates_in_crop=duplicates))
 
@@ -251,7 +251,7 @@ def to_annotations(found: Candidates, size: tuple[int, int]) -> list[Annotation]
     return annotations
 
 
-def _nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """The (N,) index of boxes (K, 4) that have no better one, the best first."""
     return batched_nms(boxes.float(), scores, torch.zeros(len(boxes)), threshold)
 

@@ -6,6 +6,7 @@ x * H + y down the columns of an image of height H, ascending. COCO run lengths 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -79,3 +80,38 @@ def box(edges: Edges, height: int) -> tuple[int, int, int, int]:
     if (x1 > x0).any():
         return int(x0[0]), 0, int(x1[-1]) + 1, height
     return int(x0[0]), int(top.min()), int(x1[-1]) + 1, int(low.max()) + 1
+
+
+def rectangle(box: tuple[int, int, int, int], height: int) -> Edges:
+    """The edges of a filled box, xyxy in whole pixels, in an image of this height."""
+    x0, y0, x1, y1 = box
+    starts = np.arange(x0, x1, dtype=np.int64) * height
+    return _joined(np.stack([starts + y0, starts + y1], axis=1).ravel())
+
+
+def intersection_area(a: Edges, b: Edges) -> int:
+    """The pixels two masks of one image share; no pixel is made."""
+    if not len(a) or not len(b):
+        return 0
+    before = np.concatenate([[0], np.cumsum(b[1::2] - b[::2])])
+    run = np.searchsorted(b[::2], a, side="right")  # runs of b that begin until here
+    last = np.maximum(run - 1, 0)
+    ones = before[last] + np.minimum(a, b[1::2][last]) - b[::2][last]
+    ones = np.where(run > 0, ones, 0)
+    return int((ones[1::2] - ones[::2]).sum())
+
+
+def union(masks: Sequence[Edges]) -> Edges:
+    """The edges of all pixels that are in any of at least one mask of one image."""
+    starts = np.sort(np.concatenate([own[::2] for own in masks]))
+    ends = np.sort(np.concatenate([own[1::2] for own in masks]))
+    # Before the n-th start in order, n - 1 runs have begun: it opens a new one if as many have ended.
+    opens = np.searchsorted(ends, starts, side="left") == np.arange(len(starts))
+    closes = np.searchsorted(starts, ends, side="right") == np.arange(1, len(ends) + 1)
+    return _joined(np.stack([starts[opens], ends[closes]], axis=1).ravel())
+
+
+def _joined(edges: Edges) -> Edges:
+    """With runs that touch made one."""
+    touching = np.flatnonzero(edges[1:-1:2] == edges[2::2])
+    return np.delete(edges, np.concatenate([2 * touching + 1, 2 * touching + 2]))

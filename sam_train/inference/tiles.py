@@ -49,7 +49,7 @@ class Tiling:
     def _spans(self, side: int) -> list[tuple[int, int]]:
         tile = min(self.tile_px, side)
         number = 1 + ceil((side - tile) / (self.tile_px - self.overlap_px))
-        starts = np.linspace(0, side - tile, number).astype(int).tolist()
+        starts = [i * (side - tile) // max(1, number - 1) for i in range(number)]
         return [(start, start + tile) for start in starts]
 
 

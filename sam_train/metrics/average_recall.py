@@ -44,7 +44,8 @@ class AverageRecall:
             scores: of the proposals: of more than n, those of highest score count.
         """
         image = len(self._images) + 1
-        self._images.append({"id": image})
+        height, width = next((own.rle["size"] for own in (*objects, *proposals)), (0, 0))
+        self._images.append({"id": image, "height": height, "width": width})
         for into, given in ((self._objects, objects), (self._proposals, proposals)):
             into += [_entry(own, image, len(into) + i + 1) for i, own in enumerate(given)]
         if proposals:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam_train.ops.rle import from_runs
+from sam_train.ops.rle import Rle, Runs, from_runs
 
 Edges = np.ndarray
 
@@ -115,3 +115,16 @@ def _joined(edges: Edges) -> Edges:
     """With runs that touch made one."""
     touching = np.flatnonzero(edges[1:-1:2] == edges[2::2])
     return np.delete(edges, np.concatenate([2 * touching + 1, 2 * touching + 2]))
+
+
+def from_rle(rle: Rle) -> Edges:
+    """The edges of a COCO RLE, compressed or not.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    edges = Runs(rle).edges
+    own = edges[1 : 1 + 2 * ((len(edges) - 1) // 2)]
+    starts, ends = own[::2], own[1::2]
+    filled = ends > starts
+    return _joined(np.stack([starts[filled], ends[filled]], axis=1).ravel())

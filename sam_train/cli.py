@@ -194,8 +194,8 @@ def segment(cfg: DictConfig) -> None:
         return
     if "mode" not in cfg:
         raise ValueError(
-            "say mode=automatic, mode=points points=[[x,y,label],...] or "
-            "mode=boxes boxes=[[x0,y0,x1,y1],...]"
+            "say mode=points points=[[x,y,label],...], mode=boxes boxes=[[x0,y0,x1,y1],...] or "
+            "mode=automatic"
         )
     config.check_complete(cfg)
     _prepare_host()

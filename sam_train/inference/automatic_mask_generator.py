@@ -14,10 +14,11 @@ from sam_train.inference.candidates import Candidates, FilterReport
 from sam_train.inference.crops import Crop, crops, point_grids
 from sam_train.inference.inputs import read_pixels
 from sam_train.inference.mask_filters import MaskFilters, Place
+from sam_train.inference.mask_windows import MaskUpscaler
 from sam_train.inference.predictor import SamPredictor
 from sam_train.models.sam import Sam
 from sam_train.ops import rle, run_edges, small_regions
-from sam_train.structures import Annotation, ImageFeatures
+from sam_train.structures import Annotation, ImageFeatures, MaskPrediction
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
@@ -196,10 +197,16 @@ class SamAutomaticMaskGenerator:
         x0, y0, x1, y1 = crop.box
         predictor, size = self.predictor, (y1 - y0, x1 - x0)
         predictor.set_image(pixels[y0:y1, x0:x1])
+        assert predictor.input_size is not None
+        upscaler = MaskUpscaler(predictor.model, predictor.input_size, size)
         points = torch.from_numpy(self.point_grids[crop.layer] * size[::-1])
         parts, report = [Candidates.none()], FilterReport()
         for batch in points.split(self.points_per_batch):
-            found, rejected = self._of_points(batch, size, crop, place)
+            prediction = self._decode(batch, size)
+            threshold = predictor.model.mask_threshold
+            found, rejected = self.filters.apply(
+                prediction, upscaler, threshold, batch, crop, place
+            )
             parts.append(found)
             report = report.plus(rejected)
         predictor.reset_image()
@@ -208,17 +215,14 @@ class SamAutomaticMaskGenerator:
         duplicates = len(found.edges) - len(kept)
         return found.take(kept), report.plus(FilterReport(duplicates_in_crop=duplicates))
 
-    def _of_points(
-        self, points: Tensor, size: tuple[int, int], crop: Crop, place: Place
-    ) -> tuple[Candidates, FilterReport]:
+    def _decode(self, points: Tensor, size: tuple[int, int]) -> MaskPrediction:
+        """Answers clicks (P, 2) in the crop of (H, W) that is set, three candidates each."""
         predictor, model = self.predictor, self.predictor.model
-        assert predictor.features is not None and predictor.input_size is not None
+        assert predictor.features is not None
         coords = predictor.transform.apply_coords_torch(points, size).to(model.device)[:, None]
         labels = torch.ones(coords.shape[:2], dtype=torch.int64, device=model.device)
         prompts = model.prompt_encoder.to_prompts((coords, labels))
-        features = ImageFeatures(predictor.features)
-        prediction = model.decode(features, prompts, multimask_output=True)
-        return self.filters.apply(model, prediction, points, crop, predictor.input_size, place)
+        return model.decode(ImageFeatures(predictor.features), prompts, multimask_output=True)
 
     def _segmentation(self, edges: np.ndarray, size: tuple[int, int]) -> Any:
         if self.output_mode == "coco_rle":

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sam_train.inference.candidates import Candidates, FilterReport
 from sam_train.inference.crops import Crop
+from sam_train.inference.mask_windows import MaskUpscaler, Windows
 from sam_train.inference.prompt_groups import MAX_LOGITS
-from sam_train.models.sam import Sam
 from sam_train.ops.boxes import masks_to_boxes
 from sam_train.ops.masks import mask_area
 from sam_train.ops.run_edges import run_edges
@@ -54,11 +54,11 @@ class MaskFilters:
     @torch.no_grad()
     def apply(
         self,
-        model: Sam,
         prediction: MaskPrediction,
+        upscaler: MaskUpscaler,
+        threshold: float,
         points: Tensor,
         crop: Crop,
-        input_size: tuple[int, int],
         place: Place,
     ) -> tuple[Candidates, FilterReport]:
         """Keeps the good ones of a pass of the decoder.
@@ -66,79 +66,80 @@ class MaskFilters:
         Only what the predicted IoU leaves is brought to the crop's resolution, a few masks at a time.
 
         Args:
-            model: the model.
             prediction: of P points.
+            upscaler: to the crop.
+            threshold: where masks are cut.
             points: (P, 2) float64, (x, y) in the crop.
             crop: in the frame of `place.region`.
-            input_size: (H, W) of the crop in the model input.
             place: of the region in the whole image.
         """
         num_points, num_masks = prediction.iou_predictions.shape
         ious = prediction.iou_predictions.flatten()
-        is_kept = ious > self.pred_iou_thresh
-        if self.pred_iou_thresh <= 0:
-            is_kept = torch.ones_like(is_kept)
-        index = is_kept.nonzero()[:, 0]
+        is_sure = ious > self.pred_iou_thresh
+        index = (is_sure if self.pred_iou_thresh > 0 else is_sure | ~is_sure).nonzero()[:, 0]
         report = FilterReport(
             points=num_points,
             candidates=num_points * num_masks,
             low_predicted_iou=len(ious) - len(index),
         )
-        x0, y0, x1, y1 = crop.box
-        at_once = max(1, MAX_LOGITS // max(model.image_encoder.img_size**2, (y1 - y0) * (x1 - x0)))
-        logits = prediction.low_res_masks.flatten(0, 1)
-        parts = [Candidates.none()]
-        for chunk in index.split(at_once):
-            full = model.postprocess_masks(logits[chunk, None], input_size, (y1 - y0, x1 - x0))
-            clicks = points[chunk.cpu() // num_masks]
-            found, rejected = self._of_logits(
-                full[:, 0], model.mask_threshold, ious[chunk], clicks, crop, place
+        sure = prediction.low_res_masks.flatten(0, 1)[index]
+        lowest = threshold - max(self.stability_score_offset, 0)
+        parts, places = [Candidates.none()], [torch.zeros(0, dtype=torch.int64)]
+        for own in upscaler.windows(sure, lowest, MAX_LOGITS):
+            chosen = index[own.which]
+            found, kept, rejected = self._of_windows(own, threshold, crop, place)
+            chosen = chosen[kept]
+            found = found._replace(
+                iou_predictions=ious[chosen].float().cpu(),
+                point_coords=points[chosen.cpu() // num_masks] + _offset(crop, place),
             )
             parts.append(found)
+            places.append(chosen.cpu())
             report = report.plus(rejected)
-        return Candidates.joined(parts), report
+        return Candidates.joined(parts).take(torch.cat(places).argsort()), report
 
-    def _of_logits(
-        self,
-        logits: Tensor,
-        threshold: float,
-        ious: Tensor,
-        points: Tensor,
-        crop: Crop,
-        place: Place,
-    ) -> tuple[Candidates, FilterReport]:
-        """The filters that look at pixels: (K, h, w) logits of the crop, and what is known of each."""
-        stability = self._stability(logits, threshold)
+    def _of_windows(
+        self, own: Windows, threshold: float, crop: Crop, place: Place
+    ) -> tuple[Candidates, Tensor, FilterReport]:
+        """The filters that look at pixels.
+
+        Returns:
+            What they keep, yet without predicted IoUs and points, which of the windows these are, and
+            how many are rejected.
+        """
+        stability = self._stability(own.logits, threshold)
         is_stable = torch.ones_like(stability, dtype=torch.bool)
         if self.stability_score_thresh > 0:
             is_stable = stability >= self.stability_score_thresh
-        masks = logits[is_stable] > threshold
-        boxes = _last_pixels(masks_to_boxes(masks))
+        index = is_stable.nonzero()[:, 0]
+        masks, tops, lefts = own.logits[index] > threshold, own.tops[index], own.lefts[index]
+        boxes = _last_pixels(masks_to_boxes(masks), tops, lefts)
         is_whole = ~_is_cut(boxes, crop.box, place.region)
-        areas = mask_area(masks)
         fits = torch.ones_like(is_whole)
         if self.max_area_fraction is not None:
-            fits = areas < self.max_area_fraction * place.size[0] * place.size[1]
+            most = self.max_area_fraction * place.size[0] * place.size[1]
+            fits = mask_area(masks) < most
         kept = is_whole & fits
-        top, left = place.origin[0] + crop.box[1], place.origin[1] + crop.box[0]
-        edges = run_edges(masks[kept], top=top, left=left, height=place.size[0])
-        offset = torch.tensor([left, top])
-        chosen = is_stable.nonzero()[:, 0][kept]
+        offset = _offset(crop, place)
+        left, top = offset.tolist()
+        edges = run_edges(
+            masks[kept], top=tops[kept] + top, left=lefts[kept] + left, height=place.size[0]
+        )
         region_offset = torch.tensor(place.origin[::-1]).repeat(2)
         found = Candidates(
             edges,
             boxes[kept].cpu() + offset.repeat(2),
-            ious[chosen].float().cpu(),
-            stability[chosen].cpu(),
-            points[chosen.cpu()] + offset,
+            torch.zeros(0),
+            stability[index[kept]].cpu(),
+            torch.zeros(0),
             (torch.tensor(crop.box) + region_offset).expand(len(edges), 4),
         )
         report = FilterReport(
-            low_stability=int((~is_stable).sum()),
+            low_stability=len(is_stable) - len(index),
             at_crop_edge=int((~is_whole).sum()),
             too_large=int((is_whole & ~fits).sum()),
         )
-        return found, report
+        return found, index[kept], report
 
     def _stability(self, logits: Tensor, threshold: float) -> Tensor:
         """(K,) the IoU of a strict and a lax cut; NaN where the lax one is empty, as published."""
@@ -147,11 +148,17 @@ class MaskFilters:
         return strict / lax
 
 
-def _last_pixels(boxes: Tensor) -> Tensor:
-    """Boxes (K, 4) of edges to int64 boxes of first and last pixel; empty ones stay zeros."""
+def _offset(crop: Crop, place: Place) -> Tensor:
+    """The (x, y) of a crop's corner in the whole image."""
+    return torch.tensor([place.origin[1] + crop.box[0], place.origin[0] + crop.box[1]])
+
+
+def _last_pixels(boxes: Tensor, tops: Tensor, lefts: Tensor) -> Tensor:
+    """Boxes (K, 4) of edges in windows to int64 ones of first and last pixel; empty ones are zeros."""
     boxes = boxes.long()
-    boxes[:, 2:] = (boxes[:, 2:] - 1).clamp_min(0)
-    return boxes
+    is_filled = (boxes[:, 2:] > boxes[:, :2]).all(dim=1, keepdim=True)
+    boxes[:, 2:] -= 1
+    return (boxes + torch.stack([lefts, tops, lefts, tops], dim=1)) * is_filled
 
 
 def _is_cut(boxes: Tensor, crop_box: tuple[int, int, int, int], region: tuple[int, int]) -> Tensor:

@@ -13,8 +13,8 @@ from sam_train.ops.drawing import (
     draw_points,
     overlay_masks,
 )
+from sam_train.ops.many_runs import ManyRuns
 from sam_train.ops.resize import resize_longest_side
-from sam_train.ops.rle import Runs
 from sam_train.structures import Annotation
 
 MASKS_AT_ONCE = 16
@@ -45,7 +45,9 @@ def draw_annotations(
     order = sorted(range(len(annotations)), key=lambda i: -annotations[i].area)
     for start in range(0, len(order), MASKS_AT_ONCE):
         chosen = order[start : start + MASKS_AT_ONCE]
-        covered = [Runs(annotations[i].rle).coverage(edges[1], edges[0]) for i in chosen]
+        covered = ManyRuns([annotations[i].rle for i in chosen]).coverage(
+            range(len(chosen)), [edges[1]] * len(chosen), [edges[0]] * len(chosen)
+        )
         masks = np.stack(covered) >= cell_px / 2
         image = overlay_masks(image, masks, colors=[colors[i] for i in chosen])
     radius_px = max(4, max(size) // 120)

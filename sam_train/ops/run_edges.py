@@ -19,17 +19,18 @@ from sam_train.ops.rle import Rle, Runs, from_runs
 Edges = np.ndarray
 
 
-def run_edges(masks: Tensor, *, top: int, left: int, height: int) -> list[Edges]:
+def run_edges(masks: Tensor, *, top: int | Tensor, left: int | Tensor, height: int) -> list[Edges]:
     """The edges of masks that are windows of larger ones, all at once and where the masks are.
 
     Args:
         masks: (K, h, w) bool.
-        top, left: of the window in the image.
+        top, left: of the window in the image, of all masks or (K,) int64.
         height: H of the image.
     """
     framed = F.pad(masks.transpose(1, 2), (1, 1))
     which, column, row = (framed[..., 1:] ^ framed[..., :-1]).nonzero(as_tuple=True)
-    positions = (left + column) * height + (top + row)
+    tops, lefts = (own[which] if isinstance(own, Tensor) else own for own in (top, left))
+    positions = (lefts + column) * height + (tops + row)
     # A run down to the lower border goes on where the next column begins at the upper one.
     joined = (positions[1:] == positions[:-1]) & (which[1:] == which[:-1])
     kept = ~(F.pad(joined, (1, 0)) | F.pad(joined, (0, 1)))[: len(positions)]

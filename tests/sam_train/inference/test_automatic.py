@@ -195,7 +195,7 @@ class Squares:
 
 
 def test_tuning_finds_thresholds_that_leave_the_true_masks(discs: Discs, tmp_path: Path) -> None:
-    model = discs((4, 9, 15), (0.6, 0.4, 0.2))
+    model = discs((4, 9, 15), (0.6, 0.4, 0.2), slope=9)
     source: Any = Squares()
     tuning = ThresholdTuning(generator=lambda model: SamAutomaticMaskGenerator(model, 4))
 

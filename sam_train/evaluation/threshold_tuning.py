@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -146,10 +147,9 @@ class ThresholdTuning:
                 "the model finds none of the labelled objects, whatever the thresholds: look at its "
                 "clicks with sam-eval, or ask more points with preset.points_per_side"
             )
-        filters = generator.filters
-        current = try_pairs(
-            generator, images, filters.stability_score_thresh, [filters.pred_iou_thresh]
-        )[0]
+        (current,) = try_pairs(
+            generator, images, generator.stability_score_thresh, [generator.pred_iou_thresh]
+        )
         names = ("best", "current")
         content = {name: own._asdict() for name, own in zip(names, (best, current), strict=True)}
         content |= {"tried": [own._asdict() for own in tried]}
@@ -160,14 +160,11 @@ class ThresholdTuning:
 def matched(
     generator: SamAutomaticMaskGenerator, image: np.ndarray, objects: list[Annotation]
 ) -> Matched:
-    """All candidates of an image and the objects they are of; the thresholds are set aside meanwhile."""
-    before = generator.filters, generator.box_nms_thresh, generator.crop_nms_thresh
-    generator.filters = replace(before[0], pred_iou_thresh=0.0, stability_score_thresh=0.0)
-    generator.box_nms_thresh = generator.crop_nms_thresh = 1.0  # no IoU is above
-    try:
-        found, _ = generator.find(image)
-    finally:
-        generator.filters, generator.box_nms_thresh, generator.crop_nms_thresh = before
+    """All candidates of an image, whatever the generator's thresholds, and the objects they are of."""
+    asking = copy(generator)
+    asking.pred_iou_thresh = asking.stability_score_thresh = 0.0
+    asking.box_nms_thresh = asking.crop_nms_thresh = 1.0  # no IoU is above
+    found, _ = asking.find(image)
     ious = overlaps(found, [run_edges.from_rle(own.rle) for own in objects])
     empty = [np.zeros(0, np.int64)] * len(found.edges)
     best = ious.argmax(axis=1)

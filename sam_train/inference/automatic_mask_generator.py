@@ -82,12 +82,11 @@ class SamAutomaticMaskGenerator:
             points_per_side, point_grids, crop_n_layers, crop_n_points_downscale_factor
         )
         self.predictor = SamPredictor(model)
-        self.filters = MaskFilters(
-            pred_iou_thresh=pred_iou_thresh,
-            stability_score_thresh=stability_score_thresh,
-            stability_score_offset=stability_score_offset,
-            max_area_fraction=max_mask_area_fraction,
-        )
+        # Plain attributes, as code written for segment_anything changes them between images.
+        self.pred_iou_thresh = pred_iou_thresh
+        self.stability_score_thresh = stability_score_thresh
+        self.stability_score_offset = stability_score_offset
+        self.max_mask_area_fraction = max_mask_area_fraction
         self.points_per_batch = points_per_batch
         self.box_nms_thresh = box_nms_thresh
         self.crop_n_layers = crop_n_layers
@@ -198,15 +197,19 @@ class SamAutomaticMaskGenerator:
         predictor, size = self.predictor, (y1 - y0, x1 - x0)
         predictor.set_image(pixels[y0:y1, x0:x1])
         assert predictor.input_size is not None
+        filters = MaskFilters(
+            pred_iou_thresh=self.pred_iou_thresh,
+            stability_score_thresh=self.stability_score_thresh,
+            stability_score_offset=self.stability_score_offset,
+            max_area_fraction=self.max_mask_area_fraction,
+        )
         upscaler = MaskUpscaler(predictor.model, predictor.input_size, size)
         points = torch.from_numpy(self.point_grids[crop.layer] * size[::-1])
         parts, report = [Candidates.none()], FilterReport()
         for batch in points.split(self.points_per_batch):
             prediction = self._decode(batch, size)
             threshold = predictor.model.mask_threshold
-            found, rejected = self.filters.apply(
-                prediction, upscaler, threshold, batch, crop, place
-            )
+            found, rejected = filters.apply(prediction, upscaler, threshold, batch, crop, place)
             parts.append(found)
             report = report.plus(rejected)
         predictor.reset_image()

@@ -87,7 +87,8 @@ class MaskUpscaler:
             ]
             (rows, row_weights), (columns, column_weights) = parts
             cells = low_res_masks[which[:, None, None], rows[:, :, None], columns[:, None, :]]
-            logits = row_weights @ (cells.float() @ column_weights.mT)
+            with torch.autocast(cells.device.type, enabled=False):  # half precision moves borders
+                logits = row_weights @ (cells.float() @ column_weights.mT)
             yield Windows(which, logits, *corners)
 
 

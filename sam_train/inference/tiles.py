@@ -79,12 +79,18 @@ def find_in_tiles(
         cut.append(found.take(is_cut.nonzero()[:, 0]))
         report = report.plus(rejected)
     merged, num_merged, num_lost = _merge(cut, boxes, size)
+    num_objects = len(merged.edges)
+    if generator.max_mask_area_fraction is not None:  # which each part alone may have met
+        most = generator.max_mask_area_fraction * size[0] * size[1]
+        fits = [i for i, edges in enumerate(merged.edges) if run_edges.area(edges) < most]
+        merged = merged.take(torch.tensor(fits, dtype=torch.int64))
     found = Candidates.joined([*whole, merged])
     kept = nms(found.boxes, found.iou_predictions, generator.crop_nms_thresh)
     report = report.plus(
         FilterReport(
             cut_by_tile=num_lost,
             merged_tiles=num_merged,
+            too_large=num_objects - len(merged.edges),
             duplicates_across_crops=len(found.edges) - len(kept),
         )
     )

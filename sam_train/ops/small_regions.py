@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
 
 from sam_train.ops.run_edges import Edges, box, run_edges, window
 
@@ -47,8 +48,6 @@ def mend(edges: Edges, size: tuple[int, int], min_area: float) -> Mended:
     mask, was_cleared = _without_small(mask, min_area, keep_largest=True)
     changed = was_filled or was_cleared
     if changed:
-        import torch
-
         as_tensor = torch.from_numpy(np.ascontiguousarray(mask))[None]
         (edges,) = run_edges(as_tensor, top=top, left=left, height=height)
     return Mended(edges, changed, max(_sizes(mask)[1], default=0))

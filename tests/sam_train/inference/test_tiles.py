@@ -18,6 +18,7 @@ class Labels:
     """A generator whose masks are the labels of an image, cut as a tile cuts them."""
 
     crop_nms_thresh = 0.7
+    max_mask_area_fraction = 0.95
 
     def __init__(self) -> None:
         self.shapes: list[tuple[int, ...]] = []
@@ -106,6 +107,12 @@ def test_an_image_of_6000_px_is_seen_in_tiles_only() -> None:
 
     assert labels == set(range(1, 41)) and report.merged_tiles
     assert max(max(shape) for shape in generator.shapes) <= 1400
+
+
+def test_a_background_of_many_tiles_is_too_large_for_one() -> None:
+    labels, report, _ = find(np.ones((400, 700, 1), np.uint8), tile_px=300, overlap_px=100)
+
+    assert not labels and report.too_large == 1
 
 
 @pytest.mark.parametrize(("tile_px", "overlap_px"), [(1000, 30), (1000, 600)])

@@ -150,9 +150,11 @@ class ThresholdTuning:
         (current,) = try_pairs(
             generator, images, generator.stability_score_thresh, [generator.pred_iou_thresh]
         )
-        names = ("best", "current")
-        content = {name: own._asdict() for name, own in zip(names, (best, current), strict=True)}
-        content |= {"tried": [own._asdict() for own in tried]}
+        content = {
+            "best": best._asdict(),
+            "current": current._asdict(),
+            "tried": [own._asdict() for own in tried],
+        }
         write_atomically(out, json.dumps(content, indent=1) + "\n")
         return Tuned(best, current, len(images), out)
 

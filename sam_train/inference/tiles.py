@@ -165,9 +165,9 @@ def _counterparts(
             if low >= SAME_OBJECT_IOU * high:
                 common = run_edges.intersection_area(a.edges[i], b.edges[j])
                 ious[i, j] = common / (areas_a[i] + areas_b[j] - common)
-    for i, j in enumerate(ious.argmax(axis=1).tolist()):
-        if ious[i, j] >= SAME_OBJECT_IOU and ious[:, j].argmax() == i:
-            yield i, j
+    for one, other in enumerate(ious.argmax(axis=1).tolist()):
+        if ious[one, other] >= SAME_OBJECT_IOU and ious[:, other].argmax() == one:
+            yield one, other
 
 
 def _put_together(

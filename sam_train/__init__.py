@@ -6,12 +6,12 @@ from typing import Any
 _WHERE = {
     "load_model": "sam_train.checkpoints.load",
     "sam_model_registry": "sam_train.inference.model_registry",
+    "SamAutomaticMaskGenerator": "sam_train.inference.automatic_mask_generator",
     "SamPredictor": "sam_train.inference.predictor",
     "show_masks": "sam_train.ops.show_masks",
 }
 _PLANNED = {
     "MedSAMPredictor",
-    "SamAutomaticMaskGenerator",
     "build_sam2",
     "build_sam2_video_predictor",
     "SAM2ImagePredictor",

@@ -189,9 +189,13 @@ def segment(cfg: DictConfig) -> None:
     from sam_train.inference.segment_files import SegmentFiles
     from sam_train.models.fingerprint import model_id
 
+    if cfg.tune:
+        _tune(cfg)
+        return
     if "mode" not in cfg:
         raise ValueError(
-            "say mode=points points=[[x,y,label],...] or mode=boxes boxes=[[x0,y0,x1,y1],...]"
+            "say mode=points points=[[x,y,label],...], mode=boxes boxes=[[x0,y0,x1,y1],...] or "
+            "mode=automatic"
         )
     config.check_complete(cfg)
     for name in ("points", "boxes"):
@@ -213,6 +217,23 @@ def segment(cfg: DictConfig) -> None:
         "mode": config.plain(cfg.mode, resolve=True),
     }
     print(files.run(segmenter, made_with))
+    if hasattr(segmenter, "report") and segmenter.report.points:
+        print(segmenter.report)
+
+
+def _tune(cfg: DictConfig) -> None:
+    """sam-segment tune=true: thresholds for a model from labelled images."""
+    from sam_train.checkpoints.load import load_model
+
+    if cfg.get("mode", {}).get("generator") is None or "data" not in cfg:
+        raise ValueError("tune=true wants mode=automatic data=NAME, with labelled images")
+    cfg.images = None  # the labelled ones are looked at
+    config.check_complete(cfg)
+    _prepare_host()
+    config.pin(cfg)
+    source, tuning = config.instantiate(cfg.data.val), config.instantiate(cfg.tuning)
+    model = load_model(cfg.checkpoint, device=_device(cfg.device), img_size=cfg.img_size)
+    print(tuning.run(model, source, Path(cfg.out) / "tuning.json"))
 
 
 def export(cfg: DictConfig) -> None:

@@ -132,8 +132,11 @@ def _unknown_name(name: str, root: str, overrides: list[str], config_dir: str | 
     except (HydraException, OmegaConfBaseException):  # a second mistake on the same line
         keys = []
     groups = [path.name for path in config.conf_dir().iterdir() if path.is_dir()]
-    known = {key for key in (*keys, *groups) if not key.rpartition(".")[2].startswith("_")}
-    if name in known:
+    # A group that this command has not would be no help; one that it leaves empty is not among the keys.
+    used = {key.partition(".")[0] for key in keys}
+    named = (*keys, *(group for group in groups if group in used or not keys))
+    known = {key for key in named if not key.rpartition(".")[2].startswith("_")}
+    if name in known or name in groups:
         return f"{name}: {root} has no such group. sam-{root} --help lists all."
     parent = name.rpartition(".")[0]
     siblings = {key for key in known if key.rpartition(".")[0] == parent}

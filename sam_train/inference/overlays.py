@@ -16,7 +16,7 @@ from sam_train.ops.drawing import (
 )
 from sam_train.ops.resize import resize_longest_side
 from sam_train.ops.rle import decode
-from sam_train.structures import FOREGROUND, Annotation
+from sam_train.structures import Annotation
 
 MASKS_AT_ONCE = 16
 
@@ -51,9 +51,11 @@ def draw_annotations(
         if "input_box" in annotation.extra:
             box = np.array(annotation.extra["input_box"], float)
             image = draw_boxes(image, to_input_frame(box, original_size, size)[None])
-        if annotation.point_coords is not None:
+        labels = annotation.extra.get(
+            "point_labels"
+        )  # a generator's own points would hide its masks
+        if annotation.point_coords is not None and labels is not None:
             coords = np.array(annotation.point_coords, float)
-            labels = annotation.extra.get("point_labels", [FOREGROUND] * len(coords))
             coords = to_input_frame(coords, original_size, size)
             image = draw_points(image, coords, labels, radius_px=radius_px)
     return image

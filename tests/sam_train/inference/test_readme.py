@@ -67,7 +67,8 @@ def test_every_block_runs_one_after_the_other(blocks: list[str]) -> None:
     for block in blocks:
         run(block, names)
 
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    assert names["mask_generator"].report.candidates == 3 * 32**2
     assert [part.shape for part in names["masks"]] == [(2, 3, 1200, 1800), (3, 600, 1800)]
 
 

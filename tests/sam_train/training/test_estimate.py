@@ -261,7 +261,7 @@ def test_a_teachers_weights_and_answers_are_counted_and_kept_for_nothing(
     ]
     assert 0 < flops[0] < flops[1], "its encoder, and then its answers"
     kept = asked.memory.kept
-    assert kept["teacher"] < kept["image encoder"] and kept["decoder passes"] > 0
+    assert kept.get("teacher", 0) < kept["image encoder"] and kept["decoder passes"] > 0
 
 
 def test_embeddings_from_a_cache_cost_the_teacher_no_arithmetic(

@@ -246,7 +246,9 @@ def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotati
     try:
         if not isinstance(entry, dict) or "segmentation" not in entry:
             raise ValueError("it has no `segmentation`")
-        segmentation = entry["segmentation"]
+        segmentation, crop_box = entry["segmentation"], entry.get("crop_box")
+        predicted, stability = entry.get("predicted_iou"), entry.get("stability_score")
+        points = entry.get("point_coords")
         stated = rle.size_of(segmentation)
         if stated != size:
             raise ValueError(
@@ -258,10 +260,10 @@ def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotati
             rle=segmentation,
             bbox=_box(entry["bbox"], size) if "bbox" in entry else rle.bbox(segmentation),
             area=_area(entry["area"]) if "area" in entry else rle.area(segmentation),
-            predicted_iou=_optional_float(entry.get("predicted_iou")),
-            stability_score=_optional_float(entry.get("stability_score")),
-            point_coords=_points(entry.get("point_coords")),
-            crop_box=None if entry.get("crop_box") is None else _numbers(entry["crop_box"], 4),
+            predicted_iou=None if predicted is None else _number(predicted),
+            stability_score=None if stability is None else _number(stability),
+            point_coords=None if points is None else _points(points),
+            crop_box=None if crop_box is None else _numbers(crop_box, 4),
             extra=_others(entry),
         )
     except (TypeError, ValueError, OverflowError) as error:
@@ -328,9 +330,5 @@ def _number(value: Any) -> float:
     return number
 
 
-def _optional_float(value: Any) -> float | None:
-    return None if value is None else _number(value)
-
-
-def _points(values: Any) -> tuple[tuple[float, float], ...] | None:
-    return None if values is None else tuple(_numbers(point, 2) for point in values)
+def _points(values: Any) -> tuple[tuple[float, float], ...]:
+    return tuple(_numbers(point, 2) for point in values)

@@ -135,6 +135,8 @@ class ToSample:
         """The (M, 4) xyxy boxes, original frame, of what is visible, and (M,) which masks show enough."""
         boxes, is_kept = boxes.copy(), np.ones(len(boxes), bool)
         is_cut = np.flatnonzero((clipped != boxes).any(axis=1))
+        if not is_cut.size:
+            return boxes, is_kept
         windows = np.hstack([np.floor(clipped[is_cut, :2]), np.ceil(clipped[is_cut, 2:])])
         areas, boxes[is_cut] = runs.inside(is_cut.tolist(), windows)
         is_kept[is_cut] = (areas > 0) & (areas >= self.min_visible * runs.areas[is_cut])

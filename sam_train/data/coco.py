@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -145,8 +146,9 @@ def _index(folder: ImageFolder, annotations: str, **settings: bool) -> CocoIndex
     _check_folder(folder.path, "images")
     index = build_index(annotations, **settings)
     name = index.image(0).get("file_name")
-    if isinstance(name, str) and not (Path(folder.path) / name).is_file():
-        folder.files  # noqa: B018  here once, and not by every reader
+    with suppress(ValueError):  # a name that is damage of one image, and said when that is read
+        if isinstance(name, str) and folder.at(name) is None:
+            folder.files  # noqa: B018  here once, and not by every reader
     return index
 
 

@@ -29,12 +29,17 @@ class ImageFolder:
         """The file at `name` below the folder, if there is one.
 
         Raises:
-            ValueError: the name leads out of the folder.
+            ValueError: the name leads out of the folder, or is none that a file can have.
         """
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"its file_name {name} leads out of the folder of images")
         path = Path(self.path) / name
-        return path if path.is_file() else None
+        try:
+            return path if path.is_file() else None
+        except OSError as error:
+            raise ValueError(
+                f"its file_name {name[:100]} cannot be looked for: {error.strerror}"
+            ) from None
 
     @cached_property
     def files(self) -> Names:

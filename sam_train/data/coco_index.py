@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -175,11 +175,16 @@ class _Found:
             self.categories[entry["id"]] = entry["name"]
 
     def add_images(self, element: Element, data: bytes) -> None:
+        image_id, name = element.value.get("id"), element.value.get("file_name")
         if "id" not in element.value:
-            return self._leave_out("images without an id", f"file {element.value.get('file_name')}")
+            return self._leave_out("images without an id", f"file {name}")
+        if not isinstance(image_id, Hashable):
+            return self._leave_out("images whose id is a list or an object", f"{image_id}")
+        if name and not PurePosixPath(str(name)).name:
+            return self._leave_out("images whose file_name names no file", f"{name!r}")
         self.images.append((element.start, element.length))
-        self.image_ids.append(element.value["id"])
-        self.file_names.append(element.value.get("file_name"))
+        self.image_ids.append(image_id)
+        self.file_names.append(name)
 
     def add_annotations(self, element: Element, data: bytes) -> None:
         entry = element.value
@@ -187,13 +192,18 @@ class _Found:
         if reason := self._unusable(entry):
             return self._leave_out(reason, name)
         place = element.start, element.length
-        before = self.places.setdefault(entry.get("id", element.start), place)
+        number = entry.get("id", element.start)
+        # A list as a number tells no annotation from another: such a one is itself alone.
+        number = number if isinstance(number, Hashable) else f"at byte {element.start}"
+        before = self.places.setdefault(number, place)
         if before != place and _slice(data, before) == _slice(data, place):
             return self._leave_out("annotations that are there twice", name)
         self.annotations.append(place)
         self.owners.append(entry.get("image_id"))
 
     def _unusable(self, entry: Mapping[str, Any]) -> str:
+        if not isinstance(entry.get("image_id"), Hashable):
+            return "annotations whose image_id is a list or an object"
         if self.panoptic:
             is_one = isinstance(entry.get("segments_info"), list) and entry.get("file_name")
             return "" if is_one else "annotations without segments_info and file_name"
@@ -211,7 +221,11 @@ class _Found:
         self.examples.setdefault(reason, example)
 
     def index(self, path: str, stamp: tuple[int, int]) -> CocoIndex:
-        """Sorts what was found by image; images without annotations are left out."""
+        """Sorts what was found by image; images without annotations are left out.
+
+        Raises:
+            ValueError: no annotation is of an image.
+        """
         first: dict[Any, int] = {}
         shared: set[int] = set()
         for number, image_id in enumerate(self.image_ids):
@@ -223,6 +237,8 @@ class _Found:
             else:
                 shared |= {other, number}
         owners = np.array([first.get(owner, -1) for owner in self.owners], np.int64)
+        if (owners < 0).all():
+            raise ValueError(f"{path}: {self._no_match()}")
         for number in np.flatnonzero(owners < 0)[:1].tolist():
             reason = "annotations of images that the file does not list"
             self._leave_out(reason, f"one of image {self.owners[number]}")
@@ -243,6 +259,19 @@ class _Found:
             namesakes=self._namesakes(kept),
             shared_ids=np.isin(kept, list(shared)),
             categories=self.categories,
+        )
+
+    def _no_match(self) -> str:
+        owner, image_id = self.owners[0], self.image_ids[0]
+        kinds = type(owner).__name__, type(image_id).__name__
+        return (
+            f"no annotation belongs to an image: the first `image_id` is {owner!r} ({kinds[0]}), the first "
+            f"image's `id` {image_id!r} ({kinds[1]}); "
+            + (
+                "expected ids of one type"
+                if kinds[0] != kinds[1]
+                else "expected the ids of its images"
+            )
         )
 
     def _key_kinds(self, kept: np.ndarray) -> np.ndarray:

@@ -245,6 +245,58 @@ def test_what_is_no_coco_file_is_one_error(write, text, tmp_path):
         len(items)
 
 
+@pytest.mark.parametrize(
+    ("image_id", "owner", "said"),
+    [
+        (1, "1", r"first `image_id` is '1' \(str\), .* `id` 1 \(int\); expected ids of one type"),
+        (1, 2, r"first `image_id` is 2 \(int\), .* `id` 1 \(int\); expected the ids of its images"),
+    ],
+)
+def test_annotations_that_match_no_image_are_one_error_with_an_id_of_each(
+    write, image_id, owner, said
+):
+    items = write(images=[image(image_id, "a.jpg")], annotations=[one(image_id=owner)])
+    with pytest.raises(
+        ValueError, match=rf"coco\.json: no annotation belongs to an image: .*{said}"
+    ):
+        len(items)
+
+
+@pytest.mark.parametrize(
+    ("odd_image", "owner", "said"),
+    [
+        ({"id": 7, "file_name": "."}, 7, "1 images whose file_name names no file are left out"),
+        ({"id": 7, "file_name": "/"}, 7, "1 images whose file_name names no file are left out"),
+        ({"id": [7], "file_name": "b.jpg"}, 7, "1 images whose id is a list or an object"),
+        (image(7, "b.jpg"), [7], "1 annotations whose image_id is a list or an object"),
+        (image(7, "b.jpg"), {"a": 7}, "1 annotations whose image_id is a list or an object"),
+    ],
+)
+def test_an_odd_entry_is_left_out_and_counted(write, tmp_path, caplog, odd_image, owner, said):
+    items = write(images=[], annotations=[])
+    put(tmp_path, "good.jpg")
+    images = [odd_image, image(100, "good.jpg")]
+    annotations = [one(image_id=owner), one(image_id=100, number=[2])]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+    assert [items.record(index).key for index in range(len(items))] == ["good"]
+    assert said in caplog.text
+
+
+def test_a_name_that_no_file_can_have_is_damage_of_its_image_even_where_it_is_the_first(
+    write, tmp_path
+):
+    items = write(images=[], annotations=[])
+    put(tmp_path, "good.jpg")
+    images = [image(7, "a" * 5000), image(100, "good.jpg")]
+    annotations = [one(), one(image_id=100, number=2)]
+    (tmp_path / "coco.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+
+    assert items.record(1).key == "good"
+    with pytest.raises(ValueError, match="file_name a+ cannot be looked for"):
+        items.record(0)
+
+
 def test_missing_paths_are_named(tmp_path, write):
     items = write()
     with pytest.raises(FileNotFoundError, match=r"nowhere.*data\.images"):

@@ -12,7 +12,7 @@ from typing import Any
 import lightning
 import torch
 
-from sam_train.data.mixture import BySource, named, parts_of
+from sam_train.data.mixture import BySource, last_epoch, named, parts_of
 from sam_train.data.shard_split import shard_list, warn_of_rereading
 from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
 from sam_train.data.train_stream import Position, TrainLoader, TrainStream
@@ -178,7 +178,7 @@ class SamDataModule(lightning.LightningDataModule):
                 "another one"
             )
         if changes:
-            epoch = max(epoch for epoch, _ in readers) + 1
+            epoch = max(last_epoch(epoch, cursor) for epoch, cursor in readers) + 1
             log.warning("%s: going on at the start of epoch %d", " and ".join(changes), epoch)
             self._positions = [Position(epoch)] * num_mine
             self._num_batches = 0

@@ -127,6 +127,8 @@ class ImageRecord:
         """The pixels at 1/n of the size, and n, at most `shrink`; see `load_reduced`."""
         if self.load_reduced is None or "image" in self.__dict__:
             return self.image, 1
+        while shrink > min(self.size):  # of a side of 5 pixels Pillow makes no eighth
+            shrink //= 2
         return self.load_reduced(shrink)
 
 

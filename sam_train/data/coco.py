@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from sam_train.data.coco_images import ImageFolder
 from sam_train.data.coco_index import CocoIndex, build_index, usable_polygons
 from sam_train.data.file_lists import make_texts
-from sam_train.data.image_files import header_size, read_image, read_labels
+from sam_train.data.image_files import header_size, read_image, read_labels, read_reduced
 from sam_train.data.label_images import annotations_of
 from sam_train.ops import rle
 from sam_train.structures import Annotation, ImageRecord
@@ -71,6 +71,7 @@ class CocoItems:
             size=size,
             annotations=_annotations(entries, size, self.index.categories),
             load=partial(read_image, path, size),
+            load_reduced=partial(read_reduced, path, size),
             read_file=path.read_bytes,
         )
 
@@ -133,6 +134,7 @@ class PanopticItems:
                 labels, background={0, *(segments.keys() - wanted.keys())}, extra=wanted
             ),
             load=partial(read_image, path, size),
+            load_reduced=partial(read_reduced, path, size),
             read_file=path.read_bytes,
         )
 

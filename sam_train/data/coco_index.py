@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ class CocoIndex:
             length 0 where there is none.
         shared_ids: (N,) bool, whether another image of another file has the same id.
         categories: names by id.
+        names: a digest of the images' names, which tells them from those of another file.
     """
 
     path: str
@@ -49,6 +51,7 @@ class CocoIndex:
     namesakes: np.ndarray
     shared_ids: np.ndarray
     categories: Mapping[Any, str]
+    names: str
 
     def __len__(self) -> int:
         return len(self.images)
@@ -259,6 +262,7 @@ class _Found:
             namesakes=self._namesakes(kept),
             shared_ids=np.isin(kept, list(shared)),
             categories=self.categories,
+            names=self._digest(kept),
         )
 
     def _no_match(self) -> str:
@@ -273,6 +277,10 @@ class _Found:
                 else "expected the ids of its images"
             )
         )
+
+    def _digest(self, kept: np.ndarray) -> str:
+        names = "\n".join(str(self.file_names[number]) for number in kept.tolist())
+        return hashlib.blake2b(names.encode(errors="replace"), digest_size=16).hexdigest()
 
     def _key_kinds(self, kept: np.ndarray) -> np.ndarray:
         names = [_names(self.file_names[i], self.image_ids[i]) for i in kept.tolist()]

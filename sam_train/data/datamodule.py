@@ -12,7 +12,8 @@ from typing import Any
 import lightning
 import torch
 
-from sam_train.data.mixture import BySource, named, parts_of
+from sam_train.data.fingerprint import fingerprint
+from sam_train.data.mixture import BySource, last_epoch, named, parts_of
 from sam_train.data.shard_split import shard_list, warn_of_rereading
 from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
 from sam_train.data.train_stream import Position, TrainLoader, TrainStream
@@ -100,7 +101,7 @@ class SamDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches without end, beginning where the last one handed to training was."""
-        self._shards  # noqa: B018  looked at now
+        self._shards, self._files  # noqa: B018  looked at now
         if self._rank() == 0:
             warn_of_rereading(self.train, self._world_size() * len(self._positions))
         self._train_loader = TrainLoader(self._stream, self.num_workers)
@@ -162,12 +163,13 @@ class SamDataModule(lightning.LightningDataModule):
         """How far all readers of all processes have read, in plain types; every process calls this."""
         return {
             "shards": self._shards,
+            "files": self._files,
             "num_batches": self._num_batches,
             "readers": [tuple(position) for position in self._positions_of_all()],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there; with another number of readers or other shards, from the epoch after."""
+        """Goes on from there; with another number of readers or other data, from the epoch after."""
         readers, num_mine = state_dict["readers"], len(self._positions)
         changes = []
         if len(readers) != self._world_size() * num_mine:
@@ -177,8 +179,10 @@ class SamDataModule(lightning.LightningDataModule):
                 f"the shards are not those of before ({self._shards}, {before} before): their order is "
                 "another one"
             )
+        elif state_dict.get("files", self._files) != self._files:
+            changes.append("the data's files are not those of before, in names or sizes")
         if changes:
-            epoch = max(epoch for epoch, _ in readers) + 1
+            epoch = max(last_epoch(epoch, cursor) for epoch, cursor in readers) + 1
             log.warning("%s: going on at the start of epoch %d", " and ".join(changes), epoch)
             self._positions = [Position(epoch)] * num_mine
             self._num_batches = 0
@@ -191,6 +195,11 @@ class SamDataModule(lightning.LightningDataModule):
     def _shards(self) -> str:
         """As the training began: a shard that is lost meanwhile must not keep checkpoints from being written."""
         return shard_list(self.train)
+
+    @cached_property
+    def _files(self) -> str:
+        """Likewise, by sizes too, and of data that is no shards."""
+        return fingerprint(self.train)
 
     def _positions_of_all(self) -> list[Position]:
         if self._world_size() == 1 or not torch.distributed.is_initialized():

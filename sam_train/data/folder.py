@@ -19,6 +19,7 @@ from sam_train.data.image_files import (
     labels_of,
     read_image,
     read_mask_file,
+    read_reduced,
 )
 from sam_train.data.label_images import annotations_of
 from sam_train.data.mask_kinds import KINDS, Kind, kind_of, whiteness
@@ -142,6 +143,7 @@ class FolderItems:
             size=size,
             annotations=tuple(replace(one, id=number) for number, one in enumerate(annotations)),
             load=partial(read_image, path, size),
+            load_reduced=partial(read_reduced, path, size),
             read_file=path.read_bytes,
         )
 

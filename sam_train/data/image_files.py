@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sam_train.data.shards import decode_image, quiet_pillow
+from sam_train.data.shards import decode_image, decode_reduced, quiet_pillow
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 """What counts as an image in a folder, in lower case."""
@@ -16,6 +16,11 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp",
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:
     """The (H, W, 3) uint8 RGB pixels of a file, which must have this (H, W); see `decode_image`."""
     return decode_image(path.read_bytes(), size)
+
+
+def read_reduced(path: Path, size: tuple[int, int], shrink: int) -> tuple[Image.Image, int]:
+    """The same at 1/n of the size, and n, where the file is a JPEG; see `decode_reduced`."""
+    return decode_reduced(path.read_bytes(), size, shrink)
 
 
 def header_size(path: Path) -> tuple[int, int]:

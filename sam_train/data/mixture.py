@@ -119,6 +119,20 @@ def _endless(
         cursor = ()
 
 
+def last_epoch(epoch: int, cursor: Cursor) -> int:
+    """The furthest epoch that any source was in at a place of a shuffled stream: a mixture's own has no end.
+
+    Args:
+        epoch: of the stream.
+        cursor: a mixture's, or that of another source, which is in the stream's epoch.
+    """
+    places = [one for one in cursor[1:] if isinstance(one, tuple | list) and len(one) == 2]
+    # Of the cursors of other sources no other element is a pair.
+    if not places or len(places) < len(cursor) - 1:
+        return epoch
+    return max(last_epoch(epoch + int(passes), tuple(place)) for passes, place in places)
+
+
 def parts_of(source: Source) -> Mapping[str, Source]:
     """The sources of a mixture by name, or the source itself without one."""
     return source.sources if isinstance(source, MixtureSource) else {"": source}

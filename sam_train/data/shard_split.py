@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import PurePath
 
-from sam_train.data.listed import ListedSource
-from sam_train.data.mixture import MixtureSource
+from sam_train.data.fingerprint import leaves
 from sam_train.data.sa1b import WHOLE_SHARDS_PER_READER, ShardSource, splits_by_shard
-from sam_train.data.source import HeldOut, Source
+from sam_train.data.source import Source
 from sam_train.data.tar_samples import local_path
 
 log = logging.getLogger(__name__)
@@ -55,11 +53,5 @@ def warn_of_rereading(source: Source, num_readers: int) -> None:
         )
 
 
-def _shard_sources(source: Source) -> Iterator[ShardSource]:
-    if isinstance(source, MixtureSource):
-        for one in source.sources.values():
-            yield from _shard_sources(one)
-    elif isinstance(source, HeldOut | ListedSource):
-        yield from _shard_sources(source.source)
-    elif isinstance(source, ShardSource):
-        yield source
+def _shard_sources(source: Source) -> list[ShardSource]:
+    return [one for one in leaves(source) if isinstance(one, ShardSource)]

@@ -105,7 +105,7 @@ def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[Ima
     Args:
         data: the file.
         size: (H, W).
-        shrink: 1, 2, 4 or 8, as for `ImageRecord.load_reduced`.
+        shrink: 1, 2, 4 or 8, as for `ImageRecord.load_reduced`; at most the shorter side.
 
     Returns:
         H / n x W / n RGB pixels, rounded up, and n: `shrink`, or 1 for what is no JPEG.
@@ -121,7 +121,7 @@ def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[Ima
                     f"its JSON says {size[0]} x {size[1]}"
                 )
             if shrink > 1:
-                image.draft("RGB", (max(1, size[1] // shrink), max(1, size[0] // shrink)))
+                image.draft("RGB", (size[1] // shrink, size[0] // shrink))
             reduced = shrink if image.size != (size[1], size[0]) else 1
             return _rgb(image), reduced
     except _AnotherSizeError:

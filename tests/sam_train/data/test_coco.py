@@ -90,6 +90,20 @@ def test_masks_are_those_of_pycocotools(write):
         assert annotation.extra == {"category_id": 1, "category": "Gefäß"}
 
 
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_size_by_any_process_and_a_png_is_not(write):
+    items = write(
+        images=[image(7, "a.jpg"), image(8, "b.png")],
+        annotations=[one(), one(image_id=8, number=2)],
+    )
+    reduced, whole = (pickle.loads(pickle.dumps(items.record(index))) for index in (0, 1))
+
+    picture, shrink = reduced.reduced_image(4)
+    assert (shrink, picture.size) == (4, (WIDTH // 4, HEIGHT // 4))
+    assert np.asarray(picture).mean() == pytest.approx(90, abs=2)
+    picture, shrink = whole.reduced_image(4)
+    assert (shrink, picture.size) == (1, (WIDTH, HEIGHT))
+
+
 def test_crowds_are_left_out_unless_asked_for_and_that_is_said_once(write, caplog):
     crowd = one(number=2, iscrowd=1, segmentation=an_rle(blob(3), compressed=False))
     items = write(annotations=[one(), crowd])
@@ -365,6 +379,8 @@ def test_panoptic_segments_are_masks_but_for_crowds(tmp_path, caplog):
         masks=str(tmp_path / "masks"),
         annotations=str(tmp_path / "p.json"),
     )
+    picture, shrink = items.record(0).reduced_image(4)
+    assert (shrink, picture.size) == (4, (WIDTH // 4, HEIGHT // 4))
     with caplog.at_level(logging.INFO):
         annotations = items.record(0).annotations
     assert [a.extra for a in annotations] == [{"category_id": 1, "category": "sky"}, {}]

@@ -10,6 +10,7 @@ from sam_train.data import sa1b, tar_samples
 from sam_train.data.augment import ColourJitter, Flips
 from sam_train.data.crops import LargeScaleJitter
 from sam_train.data.datamodule import SamDataModule, from_paths
+from sam_train.data.mixture import MixtureSource
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.source import UnusableSourceError
 from sam_train.data.transforms import ToSample
@@ -150,6 +151,27 @@ def test_with_other_readers_it_goes_on_with_the_next_epoch(module, caplog):
     resumed.load_state_dict(first.state_dict())
     assert resumed.state_dict()["readers"] == [(2, ()), (2, ())]
     assert "readers has changed" in caplog.text
+
+
+def test_a_mixture_with_other_readers_repeats_no_draw_of_a_pass_that_it_made(
+    module, tmp_path, make
+):
+    sources = {}
+    for name, count in (("a", 4), ("b", 40)):
+        (tmp_path / name).mkdir()
+        make.shards(tmp_path / name, [count])
+        sources[name] = ShardSource(path=str(tmp_path / name))
+    settings = {"train": MixtureSource(sources=sources), "batch_size": 1}
+    first = module(**settings)
+    before = [seed for batch in used(first, 30) for seed in batch.seeds]
+
+    resumed = module(num_workers=2, **settings)
+    resumed.load_state_dict(first.state_dict())
+    after = [seed for batch in used(resumed, 30) for seed in batch.seeds]
+
+    (epoch, _), *_ = resumed.state_dict()["readers"]
+    assert epoch >= 3, "a was gone through several times"
+    assert not set(before) & set(after)
 
 
 def test_with_a_shard_less_it_goes_on_with_the_next_epoch_and_says_so(module, tmp_path, caplog):

@@ -53,6 +53,12 @@ def assert_stripes(items, values, drawn, index=0):
         np.testing.assert_array_equal(mask, drawn == value)
 
 
+def test_a_jpeg_is_decoded_at_a_fraction_of_its_size(folder, tmp_path):
+    save(tmp_path / "masks" / "a.png", labels(1, 2))
+    picture, shrink = folder("a.jpg").record(0).reduced_image(4)
+    assert (shrink, picture.size) == (4, (8, 5))  # 30 x 20 / 4, rounded up
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB"])
 @pytest.mark.parametrize("kind", ["auto", "index"])
 def test_the_value_of_a_pixel_is_its_object(folder, tmp_path, mode, kind, caplog):

@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 
 from sam_train.data.datamodule import SamDataModule
-from sam_train.data.mixture import BySource, MixtureSource
+from sam_train.data.mixture import BySource, MixtureSource, last_epoch
 from sam_train.data.sa1b import ShardSource
 from sam_train.data.source import HeldOut, UnusableSourceError
 from sam_train.data.transforms import ToSample
@@ -76,6 +76,22 @@ def test_a_stream_goes_on_exactly_from_any_cursor(source, num_readers, at):
         rest = list(islice(resumed, 60 - at))
         assert [(r.key, r.epoch) for r in rest] == [(r.key, r.epoch) for r in whole[at:]]
         assert [r.cursor for r in rest] == [r.cursor for r in whole[at:]]
+
+
+@pytest.mark.parametrize(
+    ("cursor", "epoch"),
+    [
+        ((), 5),
+        ((7,), 5),
+        ((7, 7, 0), 5),
+        (((0, 512, 3), 2, 9, 0), 5),
+        ((9, (0, ()), (0, (3, 3, 0))), 5),
+        ((9, (2, ()), (1, ((0, 512, 3), 2, 9, 0))), 7),
+        ([9, [0, []], [1, [4, [3, [1, 1, 0]], [2, []]]]], 9),
+    ],
+)
+def test_the_furthest_epoch_is_that_of_the_source_gone_through_most_often(cursor, epoch):
+    assert last_epoch(5, cursor) == epoch
 
 
 def test_readers_draw_differently_and_share_each_source(source):

@@ -140,3 +140,14 @@ def test_a_reduced_image_of_another_size_is_refused(make):
 
     with pytest.raises(ValueError, match="40 x 60 pixels .* its JSON says 40 x 64"):
         decode_reduced(files["jpg"], (40, 64), 2)
+
+
+@pytest.mark.parametrize("size", [(5, 300), (300, 3), (1, 90), (17, 301)])
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_a_reduced_picture_is_of_the_scale_it_is_said_to_be_of_even_where_a_side_is_tiny(
+    make, size, shrink
+):
+    record = make.record("a", np.ones((1, *size), dtype=bool), noise(*size))
+    record = decode_record("a", encode_record(record))
+    picture, taken = record.reduced_image(shrink)
+    assert (picture.height, picture.width) == (-(-size[0] // taken), -(-size[1] // taken))

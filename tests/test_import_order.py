@@ -28,6 +28,8 @@ ORDER = (
     "cli_arguments",
     "cli_errors",
     "doctor",
+    "cli_common",
+    "cli_train",
     "cli",
 )
 PACKAGES = ("sam_train", "data_engine")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from sam_train import cli, config, doctor
+from sam_train import cli, cli_train, config, doctor
 from sam_train.training.distillation import Distillation, Teacher
 from sam_train.training.estimate import OVERHEAD, can_checkpoint, fitting_batch_size
 from sam_train.training.finetune import freeze
@@ -180,12 +180,12 @@ def test_an_automatic_batch_size_is_chosen_once_a_run(
     toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     argv = [*toy, "data.batch_size=auto", f"run_dir={tmp_path}", "trainer.max_steps=1"]
-    monkeypatch.setattr(cli, "_free_bytes", lambda cfg: 2**28)
+    monkeypatch.setattr(cli_train, "free_bytes", lambda cfg: 2**28)
     assert cli.run("train", argv) == 0
     chosen = yaml.safe_load((tmp_path / ".hydra/config.yaml").read_text())["data"]["batch_size"]
     assert chosen > 1
 
-    monkeypatch.setattr(cli, "_free_bytes", lambda cfg: 2**40)
+    monkeypatch.setattr(cli_train, "free_bytes", lambda cfg: 2**40)
     more = [*argv[:-1], "trainer.max_steps=2", "resume=force"]
     assert cli.run("train", more) == 0
     after = yaml.safe_load((tmp_path / ".hydra/config.yaml").read_text())["data"]["batch_size"]
@@ -198,11 +198,11 @@ def test_an_image_of_a_mixture_counts_with_the_most_masks_that_any_of_its_sets_m
     scenes = ("data.train.", "data.val.")
     argv = [one for one in toy if not one.startswith(scenes)]
     argv += ["data=mixture", "data.batch_size=3", "data.transforms.nuclei.max_masks=32"]
-    _, run = cli._imagined(config.compose("train", argv))
+    _, run = cli_train.imagined(config.compose("train", argv))
     assert run.num_masks == 3 * 32
 
     argv.append("data.train_transform.max_masks=50")
-    _, run = cli._imagined(config.compose("train", argv))
+    _, run = cli_train.imagined(config.compose("train", argv))
     assert run.num_masks == 3 * 50
 
 
@@ -226,7 +226,7 @@ def test_an_attempt_that_reached_no_checkpoint_decides_no_batch_size(
 ) -> None:
     (tmp_path / ".hydra").mkdir()
     (tmp_path / ".hydra/config.yaml").write_text("data: {batch_size: 77}")
-    monkeypatch.setattr(cli, "_free_bytes", lambda cfg: 2**28)
+    monkeypatch.setattr(cli_train, "free_bytes", lambda cfg: 2**28)
     argv = [*toy, "data.batch_size=auto", f"run_dir={tmp_path}", "trainer.max_steps=1"]
     assert cli.run("train", argv) == 0
     chosen = yaml.safe_load((tmp_path / ".hydra/config.yaml").read_text())["data"]["batch_size"]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from sam_train import cli
+from sam_train import cli, cli_common
 from sam_train.data.datamodule import SamDataModule
 from sam_train.training import run_folder
 from sam_train.training.interactive import InteractiveTraining
 
 MOMENTS: dict[str, tuple[Any, str]] = {
-    "before anything is built": (cli, "_prepare_host"),
+    "before anything is built": (cli_common, "prepare_host"),
     "while data is looked at": (SamDataModule, "setup"),
     "in the validation before the first step": (InteractiveTraining, "validation_step"),
     "in the report": (run_folder, "finish"),
@@ -76,7 +76,7 @@ def test_a_library_that_answers_the_interrupt_with_an_error_of_its_own_is_no_bug
             raise RuntimeError("a reader has gone") from None
 
     monkeypatch.setattr(
-        cli, "_prepare_host", lambda: work(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        cli_common, "prepare_host", lambda: work(lambda: os.kill(os.getpid(), signal.SIGTERM))
     )
     assert cli.run("train", [*toy, f"run_dir={tmp_path}"]) == 130
     assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,41 @@
+"""What the commands' jobs share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sam_train import allocator
+
+
+def prepare_host() -> None:
+    """Settles how this process treats memory, before its first large tensor."""
+    import torch
+
+    if not torch.cuda.is_available():
+        allocator.keep_freed_memory()
+
+
+def device(name: str) -> str:
+    """The device that `device=` names; auto is the first GPU, or the CPU.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"expected device=cpu, cuda, cuda:1 or auto, got {name}: {reason}"
+        ) from None
+    return name
+
+
+def print_result(result: Any) -> None:
+    """Prints the metrics of what a run's or an evaluation's `metrics.json` holds."""
+    for name, value in sorted(result.get("metrics", {}).items()):
+        print(f"{name:>28}  {value:.4g}" if isinstance(value, float) else f"{name:>28}  {value}")

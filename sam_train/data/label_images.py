@@ -8,9 +8,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from scipy.ndimage import find_objects
 
-from sam_train.ops import rle
+from sam_train.ops.run_edges import run_edges, to_rle
 from sam_train.structures import Annotation
 
 
@@ -55,9 +56,11 @@ def _pieces(mask: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
 def _annotation(
     mask: np.ndarray, top: int, left: int, size: tuple[int, ...], extra: Mapping[str, Any]
 ) -> Annotation:
+    # The work goes with the pixels of the small one.
+    (edges,) = run_edges(torch.from_numpy(mask)[None], top=top, left=left, height=size[0])
     return Annotation(
         id=0,
-        rle=rle.encode_crop(mask, top, left, (size[0], size[1])),
+        rle=to_rle(edges, (size[0], size[1])),
         bbox=(float(left), float(top), float(mask.shape[1]), float(mask.shape[0])),
         area=float(mask.sum()),
         extra=extra,

@@ -52,17 +52,24 @@ class Runs:
 
     def box(self) -> tuple[int, int, int, int]:
         """The tightest xyxy box (far edges exclusive); zeros where the mask is empty."""
-        height = self.size[0]
-        starts, lasts = self.edges[1:-1:2], self.edges[2::2] - 1
-        filled = lasts >= starts
-        starts, lasts = starts[filled], lasts[filled]
-        if not starts.size:
-            return 0, 0, 0, 0
-        x0, y_first = np.divmod(starts, height)
-        x1, y_last = np.divmod(lasts, height)
-        if (x1 > x0).any():  # a run that goes on in the next column touches both borders
-            return int(x0[0]), 0, int(x1[-1]) + 1, height
-        return int(x0[0]), int(y_first.min()), int(x1[-1]) + 1, int(y_last.max()) + 1
+        starts, ends = self.edges[1:-1:2], self.edges[2::2]
+        filled = ends > starts
+        return runs_box(starts[filled], ends[filled], self.size[0])
+
+
+def runs_box(starts: np.ndarray, ends: np.ndarray, height: int) -> tuple[int, int, int, int]:
+    """The tightest xyxy box (far edges exclusive) of runs of ones; zeros where there is none.
+
+    Args:
+        starts, ends: (R,) flat positions x * height + y down the columns, ascending, no run empty.
+        height: H of the image.
+    """
+    if not len(starts):
+        return 0, 0, 0, 0
+    (x0, top), (x1, low) = np.divmod(starts, height), np.divmod(ends - 1, height)
+    if (x1 > x0).any():  # a run that goes on in the next column touches both borders
+        return int(x0[0]), 0, int(x1[-1]) + 1, height
+    return int(x0[0]), int(top.min()), int(x1[-1]) + 1, int(low.max()) + 1
 
 
 def size_of(rle: Rle) -> tuple[int, int]:
@@ -167,23 +174,6 @@ def encode(mask: np.ndarray) -> dict[str, Any]:
         raise ValueError(f"a mask is (H, W), got shape {mask.shape}")
     rle = coco_mask.encode(np.asfortranarray(mask.astype(bool), np.uint8))
     return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode("ascii")}
-
-
-def encode_crop(mask: np.ndarray, top: int, left: int, size: tuple[int, int]) -> dict[str, Any]:
-    """A mask (h, w) that lies at (top, left) of a larger one of `size` (H, W), as that one's RLE.
-
-    The work goes with the pixels of the small one.
-    """
-    height, width = size
-    framed = np.zeros((mask.shape[1], mask.shape[0] + 2), np.int8)
-    framed[:, 1:-1] = mask.T
-    column, row = np.nonzero(np.diff(framed, axis=1))
-    edges = (left + column) * height + top + row
-    # A run down to the lower border goes on where the next column begins at the upper one.
-    joined = np.flatnonzero(edges[1:-1:2] == edges[2::2])
-    edges = np.delete(edges, np.concatenate([2 * joined + 1, 2 * joined + 2]))
-    counts = np.diff(edges, prepend=0, append=height * width)
-    return from_runs(counts if counts[-1] else counts[:-1], size)
 
 
 def from_runs(counts: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:

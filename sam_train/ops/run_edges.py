@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam_train.ops.rle import Rle, Runs, from_runs
+from sam_train.ops.rle import Rle, Runs, from_runs, runs_box
 
 Edges = np.ndarray
 
@@ -75,12 +75,7 @@ def window(edges: Edges, box: tuple[int, int, int, int], height: int) -> np.ndar
 
 def box(edges: Edges, height: int) -> tuple[int, int, int, int]:
     """The tightest xyxy box, far edges exclusive; zeros where the mask is empty."""
-    if not len(edges):
-        return 0, 0, 0, 0
-    (x0, top), (x1, low) = np.divmod(edges[::2], height), np.divmod(edges[1::2] - 1, height)
-    if (x1 > x0).any():
-        return int(x0[0]), 0, int(x1[-1]) + 1, height
-    return int(x0[0]), int(top.min()), int(x1[-1]) + 1, int(low.max()) + 1
+    return runs_box(edges[::2], edges[1::2], height)
 
 
 def rectangle(box: tuple[int, int, int, int], height: int) -> Edges:

@@ -38,16 +38,6 @@ def test_uncompressed_counts_mean_the_same(mask):
     assert rle.bbox(plain) == rle.bbox(encoded)
 
 
-@pytest.mark.parametrize("mask", random_masks(30))
-@pytest.mark.parametrize(
-    ("top", "left", "below", "right"), [(0, 0, 0, 0), (2, 3, 0, 0), (0, 1, 4, 2)]
-)
-def test_a_crop_is_encoded_as_the_whole_mask_it_lies_in(mask, top, left, below, right):
-    whole = np.pad(mask, ((top, below), (left, right)))
-
-    assert rle.encode_crop(mask, top, left, whole.shape) == rle.encode(whole)
-
-
 def test_masks_of_one_size_decode_together_and_none_is_no_error():
     masks = np.random.default_rng(0).random((5, 7, 9)) < 0.5
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from sam_train.data.source import DamagedSampleError, Source, readable
 from sam_train.inference.automatic_mask_generator import SamAutomaticMaskGenerator
 from sam_train.inference.candidates import FilterReport
 from sam_train.inference.overlays import draw_annotations
-from sam_train.metrics.average_recall import AverageRecall
+from sam_train.metrics.average_recall import MAX_PROPOSALS, AverageRecall
 from sam_train.models.sam import Sam
 from sam_train.ops.drawing import save_image
 from sam_train.ops.files import write_atomically
@@ -35,7 +36,7 @@ class ProposalBenchmark:
     Attributes:
         generator: builds the mask generator for a model: a node of `conf/preset/`.
         max_images: stop after as many, in an order that only the source and its seed decide; None: all.
-        num_pictures: of the first images, their objects beside their proposals.
+        num_pictures: of the first images: the objects, and beside them the nearest proposal of each.
     """
 
     generator: Callable[..., SamAutomaticMaskGenerator]
@@ -82,7 +83,8 @@ class ProposalBenchmark:
                 metrics.update(objects, found, [proposal_score(own) for own in found])
                 report = report.plus(generator.report)
                 if num_images < self.num_pictures:
-                    self._draw(output_dir / "figures" / f"{num_images}.jpg", image, objects, found)
+                    path = output_dir / "figures" / f"{num_images}.jpg"
+                    self._draw(path, image, objects, nearest(objects, found))
                 dataset, num_images = record.source, num_images + 1
                 num_proposals += len(found)
                 bar.update()
@@ -115,6 +117,20 @@ class ProposalBenchmark:
     ) -> None:
         pictures = [draw_annotations(image, own, longest_px=PICTURE_PX) for own in (objects, found)]
         save_image(path, np.concatenate(pictures, axis=1))
+
+
+def nearest(objects: Sequence[Annotation], found: Sequence[Annotation]) -> list[Annotation]:
+    """For each object the proposal of highest IoU, among those that the largest average recall looks at.
+
+    Objects that none touches are left out.
+    """
+    ranked = sorted(found, key=proposal_score, reverse=True)[: MAX_PROPOSALS[-1]]
+    if not ranked or not objects:
+        return []
+    ious = coco_mask.iou(
+        [dict(own.rle) for own in ranked], [dict(own.rle) for own in objects], [0] * len(objects)
+    )
+    return [ranked[best] for best, iou in zip(ious.argmax(0), ious.max(0), strict=True) if iou > 0]
 
 
 def proposal_score(annotation: Annotation) -> float:

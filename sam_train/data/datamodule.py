@@ -14,7 +14,7 @@ import torch
 
 from sam_train.data.fingerprint import fingerprint
 from sam_train.data.mixture import BySource, last_epoch, named, parts_of
-from sam_train.data.shard_split import shard_list, warn_of_rereading
+from sam_train.data.shard_split import warn_of_rereading
 from sam_train.data.source import HeldOut, Source, UnusableSourceError, readable
 from sam_train.data.train_stream import Position, TrainLoader, TrainStream
 from sam_train.data.transforms import ToSample
@@ -101,7 +101,7 @@ class SamDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Batches without end, beginning where the last one handed to training was."""
-        self._shards, self._files  # noqa: B018  looked at now
+        self._files  # noqa: B018  looked at now
         if self._rank() == 0:
             warn_of_rereading(self.train, self._world_size() * len(self._positions))
         self._train_loader = TrainLoader(self._stream, self.num_workers)
@@ -162,7 +162,6 @@ class SamDataModule(lightning.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """How far all readers of all processes have read, in plain types; every process calls this."""
         return {
-            "shards": self._shards,
             "files": self._files,
             "num_batches": self._num_batches,
             "readers": [tuple(position) for position in self._positions_of_all()],
@@ -174,12 +173,7 @@ class SamDataModule(lightning.LightningDataModule):
         changes = []
         if len(readers) != self._world_size() * num_mine:
             changes.append("the number of readers has changed")
-        if (before := state_dict.get("shards", self._shards)) != self._shards:
-            changes.append(
-                f"the shards are not those of before ({self._shards}, {before} before): their order is "
-                "another one"
-            )
-        elif state_dict.get("files", self._files) != self._files:
+        if state_dict.get("files", self._files) != self._files:
             changes.append("the data's files are not those of before, in names or sizes")
         if changes:
             epoch = max(last_epoch(epoch, cursor) for epoch, cursor in readers) + 1
@@ -192,13 +186,8 @@ class SamDataModule(lightning.LightningDataModule):
         self._num_batches = state_dict["num_batches"]
 
     @cached_property
-    def _shards(self) -> str:
-        """As the training began: a shard that is lost meanwhile must not keep checkpoints from being written."""
-        return shard_list(self.train)
-
-    @cached_property
     def _files(self) -> str:
-        """Likewise, by sizes too, and of data that is no shards."""
+        """As the training began: a file that is lost meanwhile must not keep checkpoints from being written."""
         return fingerprint(self.train)
 
     def _positions_of_all(self) -> list[Position]:

@@ -1,11 +1,9 @@
-"""Lists of shards: whether they are those of before, and whether readers read far more than their share."""
+"""Whether readers read far more of the shards than their share."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-from pathlib import PurePath
 
 from sam_train.data.fingerprint import leaves
 from sam_train.data.sa1b import WHOLE_SHARDS_PER_READER, ShardSource, splits_by_shard
@@ -16,19 +14,6 @@ log = logging.getLogger(__name__)
 
 MUCH = 10**11
 """Bytes an epoch from which it is worth a word that they are read for nothing."""
-
-
-def shard_list(source: Source) -> str:
-    """Tells one list of shards from another, by their number and names; empty where there are none.
-
-    A place in the stream is one of this list. The folders do not count: data may be moved.
-    """
-    lists = [[PurePath(name).name for name in one.shards()] for one in _shard_sources(source)]
-    if not lists:
-        return ""
-    text = "\n".join(f"{len(names)} {' '.join(names)}" for names in lists)
-    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).hexdigest()
-    return f"{sum(map(len, lists))} shards ({digest})"
 
 
 def warn_of_rereading(source: Source, num_readers: int) -> None:

@@ -185,17 +185,8 @@ def test_with_a_shard_less_it_goes_on_with_the_next_epoch_and_says_so(module, tm
     resumed.load_state_dict(state)
 
     assert resumed.state_dict()["readers"] == [(1, ())]
-    assert "the shards are not those of before (2 shards" in caplog.text
+    assert "the data's files are not those of before" in caplog.text
     assert "going on at the start of epoch 1" in caplog.text
-
-
-def test_a_checkpoint_that_does_not_name_its_shards_is_gone_on_from(module):
-    first = module()
-    used(first, 2)
-    state = first.state_dict()
-    resumed = module()
-    resumed.load_state_dict({name: one for name, one in state.items() if name != "shards"})
-    assert resumed.state_dict() == state
 
 
 def test_resuming_reads_no_more_than_the_window_that_was_open(module, tmp_path, make, monkeypatch):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,24 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+class DenseCells(NamedTuple):
+    """Dense prompt embeddings as what they are made of: a linear layer of few channels.
+
+    Attributes:
+        cells: (P, h, w, K).
+        weight: (C, K).
+        bias: (C,).
+    """
+
+    cells: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def embeddings(self) -> Tensor:
+        """(P, C, h, w)."""
+        return F.linear(*self).permute(0, 3, 1, 2)
+
+
 class Downscaling(nn.Sequential):
     """SAM's reader of mask prompts: two 2x2 convolutions of stride 2 and a 1x1 (SAM, appendix A).
 
@@ -73,11 +91,15 @@ class Downscaling(nn.Sequential):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(P, h, w, in_chans) maps to (P, C, h / 4, w / 4)."""
+        return self.cells(maps).embeddings()
+
+    def cells(self, maps: Tensor) -> DenseCells:
+        """The same, its last layer left to do."""
         layers: list[Any] = list(self)
         conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
         x = act1(norm1.over_last(stride_two_conv(conv1, maps)))
         x = act2(norm2.over_last(stride_two_conv(conv2, x)))
-        return F.linear(x, conv3.weight.flatten(1), conv3.bias).permute(0, 3, 1, 2)
+        return DenseCells(x, conv3.weight.flatten(1), conv3.bias)
 
 
 def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -95,6 +117,10 @@ def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
     The four are the rows then the columns of the 2x2 block that the pixel becomes.
     """
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return F.linear(x, *deconv_as_linear(conv)).unflatten(-1, (4, -1))
+
+
+def deconv_as_linear(conv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+    """Weight (4 * C', C) and bias (4 * C',) of `stride_two_deconv`'s linear layer."""
     assert conv.bias is not None
-    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+    return conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4)

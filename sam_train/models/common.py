@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.products import Linear, linear
+
 
 class LayerNorm2d(nn.Module):
     """Layer normalisation over the channels of (N, C, H, W) features.
@@ -40,7 +42,7 @@ class MLP(nn.Module):
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(
-            nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
+            Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ class DenseCells(NamedTuple):
 
     def embeddings(self) -> Tensor:
         """(P, C, h, w)."""
-        return F.linear(*self).permute(0, 3, 1, 2)
+        return linear(*self).permute(0, 3, 1, 2)
 
 
 class Downscaling(nn.Sequential):
@@ -109,7 +111,7 @@ def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     n, h, w, c = x.shape
     patches = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(n, h // 2, w // 2, -1)
-    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+    return linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
 def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
@@ -117,7 +119,7 @@ def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
     The four are the rows then the columns of the 2x2 block that the pixel becomes.
     """
-    return F.linear(x, *deconv_as_linear(conv)).unflatten(-1, (4, -1))
+    return linear(x, *deconv_as_linear(conv)).unflatten(-1, (4, -1))
 
 
 def deconv_as_linear(conv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:

@@ -18,14 +18,15 @@ from sam_train.models.common import (
     stride_two_deconv,
 )
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
+from sam_train.models.products import Linear
 from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.structures import MaskPrediction
 
 MIN_SHARING = 4
 """Prompts an image, from which on projecting the image once for all of them saves time."""
-CHUNK_TOKENS = 16384
-"""Image tokens of the prompts that are answered at a time in inference."""
+CHUNK_TOKENS = 4096
+"""Image tokens of the prompts that are answered at a time."""
 
 
 class _Start(NamedTuple):
@@ -99,9 +100,7 @@ class MaskDecoder(nn.Module):
                     f"the first guess has {first_guess.num_candidates} candidates, the decoder "
                     f"{num_multimask_outputs}"
                 )
-            self.high_res_proj = nn.Linear(
-                first_guess.high_res_dim, transformer_dim // 4, bias=False
-            )
+            self.high_res_proj = Linear(first_guess.high_res_dim, transformer_dim // 4, bias=False)
             for mlp in (*self.output_hypernetworks_mlps, self.iou_prediction_head):
                 # Next to nothing is mended at the start.
                 last = mlp.layers[-1]
@@ -264,8 +263,8 @@ class MaskDecoder(nn.Module):
         common = dense[0].flatten(1).T if isinstance(dense, Tensor) else dense.bias
         if image_index is None:
             image_index = torch.zeros(len(tokens), dtype=torch.long)
-        # In inference, what a few prompts need at a time stays in the cache.
-        chunk = None if torch.is_grad_enabled() else max(1, CHUNK_TOKENS // (size[0] * size[1]))
+        # What a few prompts need at a time stays in the cache.
+        chunk = max(1, CHUNK_TOKENS // (size[0] * size[1]))
         order, runs = _runs(image_index, chunk)
         masks, ious = [], []
         for number, of_image in groupby(runs, key=itemgetter(0)):
@@ -312,9 +311,7 @@ def _is_precise(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64) and not is_half
 
 
-def _runs(
-    image_index: Tensor, chunk: int | None
-) -> tuple[Tensor | None, list[tuple[int, slice]]]:
+def _runs(image_index: Tensor, chunk: int) -> tuple[Tensor | None, list[tuple[int, slice]]]:
     """The prompts image by image.
 
     Args:
@@ -332,7 +329,6 @@ def _runs(
     runs, start = [], 0
     for number, of_image in groupby(numbers):
         end = start + len(list(of_image))
-        step = end - start if chunk is None else chunk
-        runs += [(number, slice(i, min(i + step, end))) for i in range(start, end, step)]
+        runs += [(number, slice(i, min(i + chunk, end))) for i in range(start, end, chunk)]
         start = end
     return order, runs

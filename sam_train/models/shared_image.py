@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.products import bmm, linear
 from sam_train.models.two_way_transformer import (
     Attention,
     TwoWayAttentionBlock,
@@ -93,13 +94,13 @@ class PositionSights:
         for layer in transformer.layers:
             assert isinstance(layer, TwoWayAttentionBlock)
             looks, looked = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-            self.keys.append(_by_heads(looks, looks.k_proj.weight @ seen))
-            queries = torch.addmm(looked.q_proj.bias[:, None], looked.q_proj.weight, seen)
+            self.keys.append(_by_heads(looks, linear(looks.k_proj.weight, seen.T)))
+            queries = linear(looked.q_proj.weight, seen.T) + looked.q_proj.bias[:, None]
             self.queries.append(_by_heads(looked, queries))
             seen = image_pe.T + layer.norm4.bias[:, None]
         last = transformer.final_attn_token_to_image
         # A key's bias adds the same to every score of a query, which the softmax takes out again.
-        self.keys.append(_by_heads(last, last.k_proj.weight @ seen))
+        self.keys.append(_by_heads(last, linear(last.k_proj.weight, seen.T)))
 
 
 class SharedImage:
@@ -136,7 +137,7 @@ class SharedImage:
             else:
                 directions.append((offset + looked.out_proj.bias)[None])
             image, directions = _centred(image), [_centred(rows) for rows in directions]
-            crosses = [rows @ image.T for rows in directions]
+            crosses = [linear(rows, image) for rows in directions]
             norm = _Norm(image.square().sum(dim=1), crosses, directions)
             self.stages.append(_Stage(keys, values, queries, seen, norm))
             gain, offset = layer.norm4.weight, layer.norm4.bias
@@ -197,20 +198,24 @@ class SharedLinear:
     def __init__(self, image: SharedImage, weight: Tensor, bias: Tensor) -> None:
         assert image.offset is not None
         self.weight = weight
-        self.shared = image.image @ weight.T
+        self.shared = linear(image.image, weight)
         self.offset = F.linear(image.offset, weight, bias)
 
     def __call__(self, own: Own) -> Tensor:
         """(P, L, O)."""
         assert own.scale is not None
-        rows = own.rows @ self.weight.T
-        out = torch.baddbmm(self.shared.expand(len(rows), -1, -1), own.weights.mT, rows)
+        out = _plus(bmm(own.weights.mT, linear(own.rows, self.weight)), self.shared)
         return torch.addcmul(self.offset, out, own.scale.mT)
 
 
 def _by_heads(attention: Attention, x: Tensor) -> Tensor:
     """(H * d, ...) to (H, d, ...)."""
     return x.unflatten(0, (attention.num_heads, -1))
+
+
+def _plus(x: Tensor, y: Tensor) -> Tensor:
+    """Their sum; in the place of `x` where no gradient could miss it."""
+    return x + y if torch.is_grad_enabled() else x.add_(y)
 
 
 def _centred(x: Tensor) -> Tensor:
@@ -220,7 +225,7 @@ def _centred(x: Tensor) -> Tensor:
 def _sight(
     attention: Attention, layer: nn.Linear, image: Tensor, fixed: Tensor, *, is_first: bool
 ) -> _Sight:
-    shared = _by_heads(attention, layer.weight @ image.T)
+    shared = _by_heads(attention, linear(layer.weight, image))
     weight = _by_heads(attention, layer.weight)
     return _Sight(weight, shared + fixed, None) if is_first else _Sight(weight, shared, fixed)
 
@@ -235,7 +240,7 @@ def _sights(
     bias = layer.bias if offset is None else F.linear(offset, layer.weight, layer.bias)
     constant = _by_heads(attention, bias)[..., None]
     # Added when the values are weighted, whose weights sum to one.
-    shared = _by_heads(attention, layer.weight @ image.T)
+    shared = _by_heads(attention, linear(layer.weight, image))
     return keys, _Sight(_by_heads(attention, layer.weight), shared, constant)
 
 
@@ -274,7 +279,8 @@ def _scores(tokens: Tensor, sight: _Sight, own: Own | None) -> Tensor:
     if own is None:
         return shared
     folded = torch.einsum("phtd,hdc->phtc", tokens, sight.weight).flatten(1, 2)
-    scores = (folded @ own.rows.mT @ own.weights).unflatten(1, tokens.shape[1:3]) + shared
+    scores = bmm(bmm(folded, own.rows.mT), own.weights).unflatten(1, tokens.shape[1:3])
+    scores = _plus(scores, shared)
     if own.scale is None:
         return scores
     assert sight.fixed is not None
@@ -299,7 +305,7 @@ def _look(attention: Attention, tokens: Tensor, stage: _Stage, own: Own | None) 
             shares = shares * own.scale[:, None]
         pooled = shares.transpose(0, 1).flatten(1, 2) @ values.shared.mT
         pooled = pooled.unflatten(1, (num_prompts, num_tokens)).permute(1, 2, 0, 3)
-        of_rows = shares.flatten(1, 2) @ own.weights.mT @ own.rows
+        of_rows = bmm(bmm(shares.flatten(1, 2), own.weights.mT), own.rows)
         of_rows = of_rows.unflatten(1, (num_heads, num_tokens))
         pooled = pooled + torch.einsum("phtc,hdc->pthd", of_rows, values.weight)
     assert values.fixed is not None
@@ -322,7 +328,7 @@ def _variance(
         for cross, value in zip(norm.crosses, values, strict=True)
     ]
     cross = torch.cat(crosses, dim=1) if len(crosses) > 1 else crosses[0]
-    along = (rows @ rows.mT @ weights).add_(cross, alpha=2)
+    along = _plus(bmm(bmm(rows, rows.mT), weights), 2 * cross)
     square = (weights * along).sum(dim=1, keepdim=True) + norm.square
     # The norm before has scaled its input, and with it the epsilon's share.
     floor = eps if before is None else eps * before

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.products import Linear
+
 
 class Attention(nn.Module):
     """Multi-head attention whose inner width may be smaller than the embedding's.
@@ -30,10 +32,10 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.internal_dim = internal_dim
         self.scale = (internal_dim // num_heads) ** -0.5
-        self.q_proj = nn.Linear(embedding_dim, internal_dim)
-        self.k_proj = nn.Linear(embedding_dim, internal_dim)
-        self.v_proj = nn.Linear(embedding_dim, internal_dim)
-        self.out_proj = nn.Linear(internal_dim, embedding_dim)
+        self.q_proj = Linear(embedding_dim, internal_dim)
+        self.k_proj = Linear(embedding_dim, internal_dim)
+        self.v_proj = Linear(embedding_dim, internal_dim)
+        self.out_proj = Linear(internal_dim, embedding_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends from (B, L, C) queries to (B, T, C) keys and values; returns (B, L, C)."""
@@ -95,8 +97,8 @@ class MLPBlock(nn.Module):
 
     def __init__(self, embedding_dim: int, mlp_dim: int) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(embedding_dim, mlp_dim)
-        self.lin2 = nn.Linear(mlp_dim, embedding_dim)
+        self.lin1 = Linear(embedding_dim, mlp_dim)
+        self.lin2 = Linear(mlp_dim, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.relu(self.lin1(x)))
@@ -146,9 +148,7 @@ class TwoWayAttentionBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         queries = self.attend_to_each_other(queries, query_pe)
         k = keys + key_pe
-        queries = self.update(
-            queries, self.cross_attn_token_to_image(queries + query_pe, k, keys)
-        )
+        queries = self.update(queries, self.cross_attn_token_to_image(queries + query_pe, k, keys))
         attended = self.cross_attn_image_to_token(k, queries + query_pe, queries)
         keys = self.norm4(keys + self.dropout(attended))
         return queries, keys

@@ -125,8 +125,5 @@ def _shares(inputs: Any, heads: slice, rows: slice) -> Tensor:
 
 def _multiply(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
     """(B, M, K) by (B, K, N): oneDNN takes single products alone."""
-    if len(a) > 1:
-        out = torch.bmm(a, b)
-    else:
-        out = product(a[0], b[0].mT)[None]
+    out = torch.bmm(a, b) if len(a) > 1 else product(a[0], b[0].mT)[None]
     return out if into is None else into.copy_(out)

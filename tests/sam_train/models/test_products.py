@@ -1,0 +1,66 @@
+"""Matrix products by oneDNN are torch's own, gradients too."""
+
+import pytest
+import torch
+from torch import nn
+
+from sam_train.models import products
+from sam_train.models.products import Linear, bmm, linear, use_fast_linears
+
+needs_onednn = pytest.mark.skipif(
+    not products.takes_products(torch.zeros(1)), reason="this torch has no oneDNN linear"
+)
+
+
+@needs_onednn
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("is_strided", [True, False])
+def test_a_linear_layer_and_its_gradients_are_torchs(has_bias, is_strided, relative_error):
+    torch.manual_seed(0)
+    x = torch.randn(96, 2, 160).transpose(0, 1) if is_strided else torch.randn(2, 96, 160)
+    weight = torch.randn(160, 80).mT if is_strided else torch.randn(80, 160)
+    bias = torch.randn(80) if has_bias else None
+    inputs = [t.requires_grad_() for t in (x, weight, bias) if t is not None]
+    pull = torch.randn(2, 96, 80)
+
+    out = linear(x, weight, bias)
+    expected = torch.nn.functional.linear(x, weight, bias)
+
+    assert "_Linear" in type(out.grad_fn).__name__, "torch's own was taken"
+    assert relative_error(out, expected) < 1e-6
+    got = torch.autograd.grad((out * pull).sum(), inputs)
+    for one, other in zip(got, torch.autograd.grad((expected * pull).sum(), inputs), strict=True):
+        assert relative_error(one, other) < 1e-5
+
+
+@needs_onednn
+def test_what_needs_no_gradient_gets_none():
+    x = torch.randn(64, 160)
+    weight = torch.randn(160, 160, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert x.grad is None
+    with torch.no_grad():
+        assert not linear(x, weight).requires_grad
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_of_batches_are_torchs(count, relative_error):
+    a, b = torch.randn(count, 64, 130), torch.randn(count, 130, 140)
+    assert relative_error(bmm(a, b), torch.bmm(a, b)) < 1e-6
+
+
+def test_half_precision_is_left_to_torch():
+    x, layer = torch.randn(64, 160), Linear(160, 160)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_layers_built_elsewhere_keep_their_weights():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    x, names = torch.randn(3, 8), list(model.state_dict())
+    expected = model(x)
+    use_fast_linears(model)
+    assert [type(layer) for layer in model] == [Linear, nn.ReLU, Linear]
+    assert list(model.state_dict()) == names
+    assert torch.equal(model(x), expected)

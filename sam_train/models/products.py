@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 MIN_PRODUCTS = 1 << 20
-"""Multiplications from which on a better kernel pays for the longer way to it."""
+"""Multiplications of a product from which on a better kernel pays for the longer way to it."""
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -44,10 +44,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`torch.bmm` of (P, M, K) and (P, K, N); oneDNN takes single products alone."""
+    """`torch.bmm` of (P, M, K) and (P, K, N), any strides welcome."""
+    if a[0].numel() * b.shape[2] < MIN_PRODUCTS or not _takes(a, b):
+        return torch.bmm(a, b)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _Bmm.apply(a, b)
+    return products(a, b)
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """`torch.bmm` by oneDNN, which takes single products alone; otherwise as `product`."""
     if len(a) == 1:
-        return linear(a[0], b[0].mT)[None]
-    return torch.bmm(a, b)
+        return product(a[0], b[0].mT)[None]
+    out = a.new_empty(len(a), a.shape[1], b.shape[2])
+    for into, one, other in zip(out, a, b, strict=True):
+        into.copy_(product(one, other.mT))
+    return out
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,4 +104,21 @@ class _Linear(torch.autograd.Function):
             product(gradient, weight.mT) if of_x else None,
             product(rows.mT, x.reshape(-1, x.shape[-1]).mT) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
+        )
+
+
+class _Bmm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return products(a, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        a, b = ctx.saved_tensors
+        of_a, of_b = ctx.needs_input_grad
+        return (
+            products(gradient, b.mT) if of_a else None,
+            products(a.mT, gradient) if of_b else None,
         )

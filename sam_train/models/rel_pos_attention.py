@@ -18,7 +18,7 @@ from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sam_train.models.products import product, takes_products
+from sam_train.models.products import products, takes_products
 
 CACHE_FLOATS = 1 << 20
 """Scores that are worked on at a time."""
@@ -73,7 +73,7 @@ class _Attention(torch.autograd.Function):
         out = torch.empty_like(values)
         for heads, rows in _pieces(*queries.shape[:2]):
             shares = _shares(inputs, heads, rows)
-            _multiply(shares, values[heads], into=out[heads, rows])
+            out[heads, rows] = products(shares, values[heads])
         ctx.save_for_backward(*inputs, out)
         return out
 
@@ -89,13 +89,13 @@ class _Attention(torch.autograd.Function):
         means = (gradient * out).sum(dim=-1, keepdim=True)
         for heads, rows in _pieces(*queries.shape[:2]):
             shares, pull = _shares(inputs, heads, rows), gradient[heads, rows]
-            of_values[heads] += _multiply(shares.mT, pull)
-            errors = _multiply(pull, values[heads].mT).sub_(means[heads, rows]).mul_(shares)
+            of_values[heads] += products(shares.mT, pull)
+            errors = products(pull, values[heads].mT).sub_(means[heads, rows]).mul_(shares)
             grid = errors.unflatten(2, (along_rows.shape[-1], -1))
             torch.sum(grid, dim=3, out=of_rows[heads, rows])
             torch.sum(grid, dim=2, out=of_columns[heads, rows])
-            torch.mul(_multiply(errors, keys[heads]), scale, out=of_queries[heads, rows])
-            of_keys[heads] += scale * _multiply(errors.mT, queries[heads, rows])
+            torch.mul(products(errors, keys[heads]), scale, out=of_queries[heads, rows])
+            of_keys[heads] += scale * products(errors.mT, queries[heads, rows])
         return grads
 
 
@@ -117,13 +117,7 @@ def _shares(inputs: Any, heads: slice, rows: slice) -> Tensor:
     """Each query's weights of the values: (B', R, L)."""
     queries, keys, _, along_rows, along_columns = inputs
     scaled = queries[heads, rows] * queries.shape[-1] ** -0.5
-    scores = _multiply(scaled, keys[heads].mT).unflatten(2, (along_rows.shape[-1], -1))
+    scores = products(scaled, keys[heads].mT).unflatten(2, (along_rows.shape[-1], -1))
     scores += along_rows[heads, rows][..., None]
     scores += along_columns[heads, rows][..., None, :]
     return torch.softmax(scores.flatten(2), dim=-1)
-
-
-def _multiply(a: Tensor, b: Tensor, into: Tensor | None = None) -> Tensor:
-    """(B, M, K) by (B, K, N): oneDNN takes single products alone."""
-    out = torch.bmm(a, b) if len(a) > 1 else product(a[0], b[0].mT)[None]
-    return out if into is None else into.copy_(out)

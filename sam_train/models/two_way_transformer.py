@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.products import Linear
+from sam_train.models.products import Linear, bmm
 
 
 class Attention(nn.Module):
@@ -62,8 +62,8 @@ class Attention(nn.Module):
         wv = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
         # The keys' bias adds the same to every score of a query, which the softmax takes out again.
         folded = torch.einsum("bthd,hdc->bthc", self.scale * self.split(self.q_proj(q)), wk)
-        weights = (folded.flatten(1, 2) @ k.transpose(1, 2)).softmax(dim=-1)
-        pooled = (weights @ v).unflatten(1, folded.shape[1:3])
+        weights = bmm(folded.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1)
+        pooled = bmm(weights, v).unflatten(1, folded.shape[1:3])
         out = torch.einsum("bthc,hdc->bthd", pooled, wv).flatten(2) + self.v_proj.bias
         return self.out_proj(out)
 
@@ -74,10 +74,10 @@ class Attention(nn.Module):
         folded = torch.einsum("bthd,hdc->bhtc", keys, wq)
         bias = torch.einsum("bthd,hd->bht", keys, self.split(self.q_proj.bias))
         # Scores lie as (B, heads, T, L): a softmax over few tokens vectorises along the image.
-        scores = torch.baddbmm(bias.flatten(1)[..., None], folded.flatten(1, 2), q.transpose(1, 2))
+        scores = bmm(folded.flatten(1, 2), q.transpose(1, 2)) + bias.flatten(1)[..., None]
         weights = scores.unflatten(1, folded.shape[1:3]).softmax(dim=2).flatten(1, 2)
         values = torch.einsum("bthd,chd->bhtc", self.split(self.v_proj(v)), wo).flatten(1, 2)
-        return torch.baddbmm(self.out_proj.bias, weights.transpose(1, 2), values)
+        return bmm(weights.transpose(1, 2), values) + self.out_proj.bias
 
     @torch.no_grad()
     def match_queries_to_keys(self, gain: float) -> None:

@@ -43,10 +43,23 @@ def test_what_needs_no_gradient_gets_none():
         assert not linear(x, weight).requires_grad
 
 
+@needs_onednn
 @pytest.mark.parametrize("count", [1, 3])
-def test_products_of_batches_are_torchs(count, relative_error):
-    a, b = torch.randn(count, 64, 130), torch.randn(count, 130, 140)
-    assert relative_error(bmm(a, b), torch.bmm(a, b)) < 1e-6
+@pytest.mark.parametrize("is_strided", [True, False])
+def test_products_of_batches_and_their_gradients_are_torchs(count, is_strided, relative_error):
+    torch.manual_seed(0)
+    shapes = (count, 64, 130), (count, 130, 140)
+    a, b = (
+        (torch.randn(n, j, i).mT if is_strided else torch.randn(n, i, j)).requires_grad_()
+        for n, i, j in shapes
+    )
+    pull = torch.randn(count, 64, 140)
+    out, expected = bmm(a, b), torch.bmm(a, b)
+    assert "_Bmm" in type(out.grad_fn).__name__, "torch's own was taken"
+    assert relative_error(out, expected) < 1e-6
+    got = torch.autograd.grad((out * pull).sum(), (a, b))
+    for one, other in zip(got, torch.autograd.grad((expected * pull).sum(), (a, b)), strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 def test_half_precision_is_left_to_torch():

@@ -25,7 +25,7 @@ from sam_train.structures import MaskPrediction
 
 MIN_SHARING = 4
 """Prompts an image, from which on projecting the image once for all of them saves time."""
-CHUNK_TOKENS = 4096
+CHUNK_TOKENS = 16384
 """Image tokens of the prompts that are answered at a time."""
 
 

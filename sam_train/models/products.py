@@ -16,6 +16,10 @@ from torch.autograd.function import once_differentiable
 
 MIN_PRODUCTS = 1 << 20
 """Multiplications of a product from which on a better kernel pays for the longer way to it."""
+MIN_IN_BATCH = 1 << 21
+"""The same in a batch, whose products are then done one by one and put together."""
+LONGEST_SUM = 4096
+"""Gradients of weights that are sums over more rows are MKL's: oneDNN's kernels are made for short ones."""
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
@@ -45,7 +49,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`torch.bmm` of (P, M, K) and (P, K, N), any strides welcome."""
-    if a[0].numel() * b.shape[2] < MIN_PRODUCTS or not _takes(a, b):
+    least = MIN_PRODUCTS if len(a) == 1 else MIN_IN_BATCH
+    if a[0].numel() * b.shape[2] < least or not _takes(a, b):
         return torch.bmm(a, b)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Bmm.apply(a, b)
@@ -102,9 +107,21 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             product(gradient, weight.mT) if of_x else None,
-            product(rows.mT, x.reshape(-1, x.shape[-1]).mT) if of_weight else None,
+            _of_weight(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
+
+
+def _of_weight(gradient: Tensor, x: Tensor) -> Tensor:
+    """(O, I) from (M, O) and (M, I)."""
+    num_products = gradient.numel() * x.shape[1]
+    if (
+        len(x) > LONGEST_SUM
+        or num_products < MIN_PRODUCTS
+        or min(*x.shape, gradient.shape[1]) < 128
+    ):
+        return gradient.mT @ x
+    return product(gradient.mT, x.mT)
 
 
 class _Bmm(torch.autograd.Function):

@@ -48,12 +48,12 @@ def test_what_needs_no_gradient_gets_none():
 @pytest.mark.parametrize("is_strided", [True, False])
 def test_products_of_batches_and_their_gradients_are_torchs(count, is_strided, relative_error):
     torch.manual_seed(0)
-    shapes = (count, 64, 130), (count, 130, 140)
+    shapes = (count, 128, 130), (count, 130, 140)
     a, b = (
         (torch.randn(n, j, i).mT if is_strided else torch.randn(n, i, j)).requires_grad_()
         for n, i, j in shapes
     )
-    pull = torch.randn(count, 64, 140)
+    pull = torch.randn(count, 128, 140)
     out, expected = bmm(a, b), torch.bmm(a, b)
     assert "_Bmm" in type(out.grad_fn).__name__, "torch's own was taken"
     assert relative_error(out, expected) < 1e-6

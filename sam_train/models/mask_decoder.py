@@ -158,7 +158,7 @@ class MaskDecoder(nn.Module):
         src, high_res = image_tokens.unflatten(1, src.shape[-2:]), None
         if start is not None:
             high_res = start.high_res if image_index is None else start.high_res[image_index]
-        upscaled = stride_two_deconv(self.output_upscaling[0], src)
+        upscaled = stride_two_deconv(self._first_upscaling, src)
         if high_res is not None:
             upscaled = upscaled + high_res
         masks = self._masks(tokens, upscaled, wanted)
@@ -231,6 +231,12 @@ class MaskDecoder(nn.Module):
             ious,
         )
 
+    @property
+    def _first_upscaling(self) -> nn.ConvTranspose2d:
+        layer = self.output_upscaling[0]
+        assert isinstance(layer, nn.ConvTranspose2d)
+        return layer
+
     def _tokens(self, sparse_prompt_embeddings: Tensor) -> Tensor:
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
@@ -257,7 +263,7 @@ class MaskDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The answers without a copy of an image for each prompt: see `SharedImage`."""
         positions = PositionSights(self.transformer, image_pe[0].flatten(1).T)
-        weight, bias = deconv_as_linear(self.output_upscaling[0])
+        weight, bias = deconv_as_linear(self._first_upscaling)
         size = image_embeddings.shape[-2:]
         cells = dense if isinstance(dense, DenseCells) else None
         common = dense[0].flatten(1).T if isinstance(dense, Tensor) else dense.bias

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from sam_train.models.products import bmm, linear
 from sam_train.models.two_way_transformer import (
     Attention,
-    TwoWayAttentionBlock,
     TwoWayTransformer,
 )
 
@@ -91,8 +90,7 @@ class PositionSights:
 
     def __init__(self, transformer: TwoWayTransformer, image_pe: Tensor) -> None:
         seen, self.queries, self.keys = image_pe.T, [], []
-        for layer in transformer.layers:
-            assert isinstance(layer, TwoWayAttentionBlock)
+        for layer in transformer.blocks():
             looks, looked = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
             self.keys.append(_by_heads(looks, linear(looks.k_proj.weight, seen.T)))
             queries = linear(looked.q_proj.weight, seen.T) + looked.q_proj.bias[:, None]
@@ -124,8 +122,7 @@ class SharedImage:
         self.stages: list[_Stage] = []
         directions = [] if cell_rows is None else [cell_rows]
         offset: Tensor | None = None
-        for number, layer in enumerate(transformer.layers):
-            assert isinstance(layer, TwoWayAttentionBlock)
+        for number, layer in enumerate(transformer.blocks()):
             looks, looked = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
             fixed_keys, fixed_queries = positions.keys[number], positions.queries[number]
             keys, values = _sights(looks, image, fixed_keys, offset)
@@ -155,9 +152,10 @@ class SharedImage:
         Returns:
             The tokens (P, T, C) and what is the prompts' own in the image tokens.
         """
-        queries, values = point_embedding, [] if cell_weights is None else [None]
-        weights, variance = cell_weights, None
-        for layer, stage in zip(self.transformer.layers, self.stages[:-1], strict=True):
+        queries, weights = point_embedding, cell_weights
+        variance: Tensor | None = None
+        values: list[Tensor | None] = [] if cell_weights is None else [None]
+        for layer, stage in zip(self.transformer.blocks(), self.stages[:-1], strict=True):
             own = _own(weights, stage.directions, values, variance)
             queries = layer.attend_to_each_other(queries, point_embedding)
             looks = layer.cross_attn_token_to_image

@@ -220,6 +220,10 @@ class TwoWayTransformer(nn.Module):
                 if isinstance(module, Attention) and not name.endswith("self_attn"):
                     module.match_queries_to_keys(matched_qk_gain)
 
+    def blocks(self) -> list[TwoWayAttentionBlock]:
+        """`layers`, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, TwoWayAttentionBlock)]
+
     def keeps_rows(self, num_tokens: int, num_own_rows: int) -> bool:
         """Whether `SharedImage` is this transformer's equal and, by its rows, the cheaper form.
 
@@ -227,7 +231,7 @@ class TwoWayTransformer(nn.Module):
             num_tokens: T.
             num_own_rows: rows of a prompt before the first layer.
         """
-        if self.training and any(layer.dropout.p for layer in self.layers):
+        if self.training and any(layer.dropout.p for layer in self.blocks()):
             return False  # dropout of image tokens leaves them in no sum of few rows
         rows = num_own_rows + len(self.layers) * (self.num_heads * num_tokens + 1)
         return 0 < rows <= self.norm_final_attn.normalized_shape[0]

@@ -34,6 +34,18 @@ def test_a_linear_layer_and_its_gradients_are_torchs(has_bias, is_strided, relat
 
 
 @needs_onednn
+def test_rows_of_a_wider_matrix_are_packed_first(monkeypatch):
+    """oneDNN falls back to a plain loop over them."""
+    seen = []
+    monkeypatch.setattr(
+        products, "_ONEDNN", lambda x, w, *_: seen.extend([x, w]) or torch.zeros(len(x), len(w))
+    )
+    wide = torch.randn(200, 300)
+    linear(wide[:, :150], wide[:, 150:])
+    assert all(t.is_contiguous() for t in seen)
+
+
+@needs_onednn
 def test_what_needs_no_gradient_gets_none():
     x = torch.randn(64, 160)
     weight = torch.randn(160, 160, requires_grad=True)

@@ -24,7 +24,8 @@ from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.structures import MaskPrediction
 
 MIN_SHARING = 4
-"""Prompts an image, from which on projecting the image once for all of them saves time."""
+MIN_SHARED_TOKENS = 16384
+"""Prompts an image, and image tokens of all of these, from which on projecting the image once saves time."""
 CHUNK_TOKENS = 16384
 """Image tokens of the prompts that are answered at a time."""
 
@@ -139,7 +140,7 @@ class MaskDecoder(nn.Module):
             )
         wanted = slice(1, None) if multimask_output else slice(0, 1)
         dense = dense_prompt_embeddings
-        if self._shares_images(len(image_embeddings), sparse_prompt_embeddings, dense):
+        if self._shares_images(image_embeddings, sparse_prompt_embeddings, dense):
             tokens = self._tokens(sparse_prompt_embeddings)
             return self._decode_shared(
                 image_embeddings, image_pe, tokens, dense, wanted, image_index
@@ -242,9 +243,10 @@ class MaskDecoder(nn.Module):
         output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
         return torch.cat([output_tokens, sparse_prompt_embeddings], dim=1)
 
-    def _shares_images(self, num_images: int, sparse: Tensor, dense: Tensor | DenseCells) -> bool:
+    def _shares_images(self, images: Tensor, sparse: Tensor, dense: Tensor | DenseCells) -> bool:
         """Whether many prompts look at the same image tokens, but for a few rows of their own."""
-        if self.first_guess is not None or len(sparse) < MIN_SHARING * num_images:
+        least = max(MIN_SHARING, MIN_SHARED_TOKENS / images[0, 0].numel())
+        if self.first_guess is not None or len(sparse) < least * len(images):
             return False
         if isinstance(dense, Tensor) and dense.stride(0) != 0:
             return False

@@ -12,6 +12,11 @@ from sam_train.structures import Prompts
 WIDTH, GRID = 64, 8
 
 
+@pytest.fixture(autouse=True)
+def share_small_images(monkeypatch):
+    monkeypatch.setattr(mask_decoder, "MIN_SHARED_TOKENS", 0)
+
+
 def build(randomise, *, depth=2, dropout=0.0):
     transformer = TwoWayTransformer(
         depth=depth, embedding_dim=WIDTH, num_heads=2, mlp_dim=48, dropout=dropout

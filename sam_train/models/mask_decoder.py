@@ -300,7 +300,11 @@ class MaskDecoder(nn.Module):
         """
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
         mlps = list(zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True))
-        filters = torch.stack([mlp(token) for mlp, token in mlps[wanted]], dim=1)
+        # In training every parameter takes part in every backward pass: ranks wait for each other's.
+        asked = slice(None) if torch.is_grad_enabled() else wanted
+        filters = torch.stack([mlp(token) for mlp, token in mlps[asked]], dim=1)
+        if torch.is_grad_enabled():
+            filters = filters[:, wanted]
         layers: list[Any] = list(self.output_upscaling)
         _, norm, act1, upscale2, act2 = layers
         x = act1(norm.over_last(upscaled))

@@ -34,6 +34,7 @@ from sam_train.checkpoints.build import build_model, model_config
 from sam_train.checkpoints.save import save_hugging_face, to_hugging_face
 from sam_train.losses.mask import MaskLoss
 from sam_train.losses.multimask import InteractiveLoss
+from sam_train.models.common import DenseCells
 from sam_train.models.sam import Sam
 from sam_train.prompts.simulator import PromptSimulator
 from sam_train.structures import ImageBatch, Prompts
@@ -116,7 +117,7 @@ class OurStep:
     def _time_the_parts(self) -> None:
         training, model, clock = self.training, self.model, self.clock
         encode, decode = model.encode, model.decode
-        embed, answer = model.prompt_encoder.embed, model.mask_decoder.forward
+        embed, answer = model.prompt_encoder.embed_unread, model.mask_decoder.forward
 
         def timed_encode(images: Tensor, input_sizes: Tensor) -> Any:
             with clock.part("encoder, forward"):
@@ -124,10 +125,11 @@ class OurStep:
             clock.switches_at_gradient_of(features.image_embeddings, "encoder, backward")
             return features
 
-        def timed_embed(prompts: Prompts) -> tuple[Tensor, Tensor]:
+        def timed_embed(prompts: Prompts) -> tuple[Tensor, Tensor | DenseCells]:
             with clock.part("prompt encoder, forward"):
                 sparse, dense = embed(prompts)
-            clock.switches_at_gradient_of(dense, "loss and prompt encoder, backward")
+            embedded = dense if isinstance(dense, Tensor) else dense.cells
+            clock.switches_at_gradient_of(embedded, "loss and prompt encoder, backward")
             return sparse, dense
 
         def timed_answer(*arguments: Any, **named: Any) -> tuple[Tensor, Tensor]:
@@ -143,7 +145,7 @@ class OurStep:
         for owner, name, function in (
             (model, "encode", timed_encode),
             (model, "decode", recorded),
-            (model.prompt_encoder, "embed", timed_embed),
+            (model.prompt_encoder, "embed_unread", timed_embed),
             (model.mask_decoder, "forward", timed_answer),
             (training, "loss", clock.timed("loss, forward", training.loss)),
             # There is no trainer that would keep what is logged.

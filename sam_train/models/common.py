@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sam_train.models.products import Linear, linear
 
 
 class LayerNorm2d(nn.Module):
@@ -40,13 +42,31 @@ class MLP(nn.Module):
         super().__init__()
         widths = [input_dim, *[hidden_dim] * (num_layers - 1), output_dim]
         self.layers = nn.ModuleList(
-            nn.Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
+            Linear(i, o) for i, o in zip(widths[:-1], widths[1:], strict=True)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
         return self.layers[-1](x)
+
+
+class DenseCells(NamedTuple):
+    """Dense prompt embeddings as what they are made of: a linear layer of few channels.
+
+    Attributes:
+        cells: (P, h, w, K).
+        weight: (C, K).
+        bias: (C,).
+    """
+
+    cells: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def embeddings(self) -> Tensor:
+        """(P, C, h, w)."""
+        return linear(*self).permute(0, 3, 1, 2)
 
 
 class Downscaling(nn.Sequential):
@@ -73,11 +93,15 @@ class Downscaling(nn.Sequential):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(P, h, w, in_chans) maps to (P, C, h / 4, w / 4)."""
+        return self.cells(maps).embeddings()
+
+    def cells(self, maps: Tensor) -> DenseCells:
+        """The same, its last layer left to do."""
         layers: list[Any] = list(self)
         conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
         x = act1(norm1.over_last(stride_two_conv(conv1, maps)))
         x = act2(norm2.over_last(stride_two_conv(conv2, x)))
-        return F.linear(x, conv3.weight.flatten(1), conv3.bias).permute(0, 3, 1, 2)
+        return DenseCells(x, conv3.weight.flatten(1), conv3.bias)
 
 
 def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -87,7 +111,7 @@ def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """
     n, h, w, c = x.shape
     patches = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(n, h // 2, w // 2, -1)
-    return F.linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
+    return linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
 def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
@@ -95,6 +119,10 @@ def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
 
     The four are the rows then the columns of the 2x2 block that the pixel becomes.
     """
-    weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)
+    return linear(x, *deconv_as_linear(conv)).unflatten(-1, (4, -1))
+
+
+def deconv_as_linear(conv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+    """Weight (4 * C', C) and bias (4 * C',) of `stride_two_deconv`'s linear layer."""
     assert conv.bias is not None
-    return F.linear(x, weight, conv.bias.repeat(4)).unflatten(-1, (4, -1))
+    return conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4)

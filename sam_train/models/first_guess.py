@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.products import Linear
 from sam_train.structures import (
     BACKGROUND,
     BOX_BOTTOM_RIGHT,
@@ -139,20 +140,20 @@ class FirstGuess(nn.Module):
         self.embed_dim, self.high_res_dim = embed_dim, high_res_dim
         self.num_candidates = num_candidates
         self.scale = filter_dim**-0.5
-        self.keys = nn.Linear(high_res_dim, filter_dim)
+        self.keys = Linear(high_res_dim, filter_dim)
         self.is_box_embed = nn.Embedding(2, embed_dim)
         self.norm = nn.LayerNorm(2 * embed_dim)
         self.mlp = nn.Sequential(
-            nn.Linear(2 * embed_dim + 2, hidden_dim),
+            Linear(2 * embed_dim + 2, hidden_dim),
             nn.GELU(),
-            nn.Linear(hidden_dim, hidden_dim),
+            Linear(hidden_dim, hidden_dim),
             nn.GELU(),
         )
-        self.filters = nn.Linear(hidden_dim, num_candidates * filter_dim)
-        self.ellipses = nn.Linear(hidden_dim, num_candidates * 6)
-        self.ious = nn.Linear(hidden_dim, num_candidates)
+        self.filters = Linear(hidden_dim, num_candidates * filter_dim)
+        self.ellipses = Linear(hidden_dim, num_candidates * 6)
+        self.ious = Linear(hidden_dim, num_candidates)
         self.read = nn.Sequential(
-            nn.Linear(4 * 2 * num_candidates, embed_dim), nn.GELU(), nn.Linear(embed_dim, embed_dim)
+            Linear(4 * 2 * num_candidates, embed_dim), nn.GELU(), Linear(embed_dim, embed_dim)
         )
         self._start_as_ellipses()
 

@@ -18,17 +18,18 @@ from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer_sam import (
     Block,
     VisionTransformerSAM,
-    get_decomposed_rel_pos_bias,
     window_partition,
     window_unpartition,
 )
 from torch import Tensor, nn
 
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
+from sam_train.models.products import use_fast_linears
+from sam_train.models.rel_pos_attention import rel_pos_attention
 
 
-class _WindowedBlock(Block):
-    """timm's block, with linear layers over the image's tokens and not over the padding of windows.
+class _Block(Block):
+    """timm's block, with `rel_pos_attention`, and no linear layer over the padding of windows.
 
     Windows of 14 cut 16 x 16 tokens (256 px) into 28 x 28, two thirds of it padding. Its queries, keys and
     values are one vector, its answers are thrown away: the same result. Stochastic depth drops a block for
@@ -36,25 +37,26 @@ class _WindowedBlock(Block):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[1:3]
-        side = self.window_size
-        if side == 0 or (height % side == 0 and width % side == 0):
-            return super().forward(x)
+        size, side = (x.shape[1], x.shape[2]), self.window_size
         attention = self.attn
-        tokens = self.norm1(x)
-        padding = attention.qkv(tokens.new_zeros(tokens.shape[-1]))
-        rows, columns = -(-height // side) * side, -(-width // side) * side
-        qkv = padding.expand(len(x), rows, columns, -1).clone()
-        qkv[:, :height, :width] = attention.qkv(tokens)
-        windows, padded = window_partition(qkv, side)
-        heads = windows.flatten(1, 2).unflatten(2, (3, attention.num_heads, -1))
+        qkv, padded = attention.qkv(self.norm1(x)), size
+        window = size if side == 0 else (side, side)
+        if side:
+            padded = (-(-size[0] // side) * side, -(-size[1] // side) * side)
+            if padded != size:
+                padding = attention.qkv(x.new_zeros(x.shape[-1]))
+                whole = padding.expand(len(x), *padded, -1).clone()
+                whole[:, : size[0], : size[1]] = qkv
+                qkv = whole
+            qkv, _ = window_partition(qkv, side)
+        heads = qkv.flatten(1, 2).unflatten(2, (3, attention.num_heads, -1))
         queries, keys, values = heads.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
-        bias = get_decomposed_rel_pos_bias(
-            queries, attention.rel_pos_h, attention.rel_pos_w, (side, side), (side, side)
-        )
-        out = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias)
+        rel_pos = (attention.rel_pos_h, attention.rel_pos_w)
+        out = rel_pos_attention(queries, keys, values, rel_pos, window)
         out = out.unflatten(0, (-1, attention.num_heads)).transpose(1, 2).flatten(2)
-        out = window_unpartition(out.unflatten(1, (side, side)), side, (height, width), padded)
+        out = out.unflatten(1, window)
+        if side:
+            out = window_unpartition(out, side, size, padded)
         x = x + self.drop_path1(self.ls1(attention.proj(out)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
 
@@ -120,10 +122,11 @@ class SamVitEncoder(nn.Module):
             use_abs_pos=True,
             use_rel_pos=True,
             window_size=window_size,
-            block_fn=_WindowedBlock,
+            block_fn=_Block,
             global_attn_indexes=tuple(global_attn_indexes),
             neck_chans=out_chans,
         )
+        use_fast_linears(self.backbone)
         self.backbone.set_grad_checkpointing(grad_checkpointing)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -183,6 +186,7 @@ class TinyVitEncoder(nn.Module):
                 module.__class__ = _UncachedAttention
         # The classifier's norm, which feeds no mask: without it no parameter stays unused.
         self.backbone.head = nn.Identity()
+        use_fast_linears(self.backbone)
         self.backbone.set_grad_checkpointing(grad_checkpointing)
         self.neck = SimpleNeck(self.backbone.num_features, out_chans)
 
@@ -253,6 +257,7 @@ class TimmEncoder(nn.Module):
                 f"{name} has features at strides {info.reduction()}, not at {min(missing)}"
             )
         self.backbone = build(out_indices=tuple(levels.values()))
+        use_fast_linears(self.backbone)
         if grad_checkpointing:
             # Where timm only wraps the model, the wrapper does not pass this on.
             getattr(self.backbone, "model", self.backbone).set_grad_checkpointing()

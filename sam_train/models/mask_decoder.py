@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.common import MLP, LayerNorm2d, stride_two_deconv
+from sam_train.models.common import (
+    MLP,
+    DenseCells,
+    LayerNorm2d,
+    deconv_as_linear,
+    stride_two_deconv,
+)
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
+from sam_train.models.products import Linear
+from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.structures import MaskPrediction
+
+MIN_SHARING = 4
+MIN_SHARED_TOKENS = 16384
+"""Prompts an image, and image tokens of all of these, from which on projecting the image once saves time."""
+CHUNK_TOKENS = 16384
+"""Image tokens of the prompts that are answered at a time."""
 
 
 class Start(NamedTuple):
@@ -93,9 +109,7 @@ class MaskDecoder(nn.Module):
                     f"the first guess has {first_guess.num_candidates} candidates, the decoder "
                     f"{num_multimask_outputs}"
                 )
-            self.high_res_proj = nn.Linear(
-                first_guess.high_res_dim, transformer_dim // 4, bias=False
-            )
+            self.high_res_proj = Linear(first_guess.high_res_dim, transformer_dim // 4, bias=False)
             for mlp in (*self.output_hypernetworks_mlps, self.iou_prediction_head):
                 # Next to nothing is mended at the start.
                 last = mlp.layers[-1]
@@ -107,7 +121,7 @@ class MaskDecoder(nn.Module):
         image_embeddings: Tensor,
         image_pe: Tensor,
         sparse_prompt_embeddings: Tensor,
-        dense_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor | DenseCells,
         multimask_output: bool,
         image_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -117,9 +131,9 @@ class MaskDecoder(nn.Module):
             image_embeddings: (N, C, h, w). Without `image_index`, N is 1, one image for all prompts.
             image_pe: (1, C, h, w) position code of the image tokens.
             sparse_prompt_embeddings: (P, T, C) of points and boxes.
-            dense_prompt_embeddings: (P, C, h, w) of masks. With a first guess, all three embeddings hold
-                what the model's own encoders add for it (`PromptEncoder.feeds_guess`,
-                `TimmEncoder.high_res_chans`).
+            dense_prompt_embeddings: (P, C, h, w) of masks, or what they are made of. With a first guess,
+                all three embeddings hold what the model's own encoders add for it
+                (`PromptEncoder.feeds_guess`, `TimmEncoder.high_res_chans`).
             multimask_output: the candidates, else the single mask's token.
             image_index: (P,) the image that each prompt belongs to.
 
@@ -132,10 +146,16 @@ class MaskDecoder(nn.Module):
                 f"expected one image embedding for all prompts, got {len(image_embeddings)}: "
                 "say which image each prompt belongs to with image_index"
             )
-        start = self.start(
-            image_embeddings, sparse_prompt_embeddings, dense_prompt_embeddings, image_index
-        )
         wanted = slice(1, None) if multimask_output else slice(0, 1)
+        sparse, dense = sparse_prompt_embeddings, dense_prompt_embeddings
+        if self._shares_images(image_embeddings, sparse, dense):
+            tokens = self._tokens(sparse)
+            return self._decode_shared(
+                image_embeddings, image_pe, tokens, dense, wanted, image_index
+            )
+        if isinstance(dense, DenseCells):
+            dense = dense.embeddings()
+        start = self.start(image_embeddings, sparse, dense, image_index)
         return self.answer(start, image_pe, image_index, wanted)
 
     def answer(
@@ -152,11 +172,13 @@ class MaskDecoder(nn.Module):
         if image_index is not None:
             image_embeddings = image_embeddings[image_index]
             high_res = None if high_res is None else high_res[image_index]
-        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
-        tokens = torch.cat([output_tokens.expand(len(sparse), -1, -1), sparse], dim=1)
         src = image_embeddings + dense
-        tokens, image_tokens = self.transformer(src, image_pe, tokens)
-        masks = self._masks(tokens, image_tokens.unflatten(1, src.shape[-2:]), wanted, high_res)
+        tokens, image_tokens = self.transformer(src, image_pe, self._tokens(sparse))
+        image_tokens = image_tokens.unflatten(1, src.shape[-2:])
+        upscaled = stride_two_deconv(self._first_upscaling, image_tokens)
+        if high_res is not None:
+            upscaled = upscaled + high_res
+        masks = self._masks(tokens, upscaled, wanted)
         ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
         if start_masks is None or start_ious is None:
             return masks, ious
@@ -230,28 +252,115 @@ class MaskDecoder(nn.Module):
             ious,
         )
 
-    def _masks(self, tokens: Tensor, src: Tensor, wanted: slice, high_res: Tensor | None) -> Tensor:
-        """Mask tokens (P, T, C) and image tokens (P, h, w, C) to logits (P, M, 4h, 4w)."""
+    @property
+    def _first_upscaling(self) -> nn.ConvTranspose2d:
+        layer = self.output_upscaling[0]
+        assert isinstance(layer, nn.ConvTranspose2d)
+        return layer
+
+    def _tokens(self, sparse_prompt_embeddings: Tensor) -> Tensor:
+        output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
+        output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
+        return torch.cat([output_tokens, sparse_prompt_embeddings], dim=1)
+
+    def _shares_images(self, images: Tensor, sparse: Tensor, dense: Tensor | DenseCells) -> bool:
+        """Whether many prompts look at the same image tokens, but for a few rows of their own."""
+        least = max(MIN_SHARING, MIN_SHARED_TOKENS / images[0, 0].numel())
+        if self.first_guess is not None or len(sparse) < least * len(images):
+            return False
+        if isinstance(dense, Tensor) and dense.stride(0) != 0:
+            return False
+        num_cells = 0 if isinstance(dense, Tensor) else dense.weight.shape[1]
+        num_tokens = 1 + self.num_mask_tokens + sparse.shape[1]
+        return self.transformer.keeps_rows(num_tokens, num_cells) and _is_precise(sparse)
+
+    def _decode_shared(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        tokens: Tensor,
+        dense: Tensor | DenseCells,
+        wanted: slice,
+        image_index: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The answers without a copy of an image for each prompt: see `SharedImage`."""
+        positions = PositionSights(self.transformer, image_pe[0].flatten(1).T)
+        weight, bias = deconv_as_linear(self._first_upscaling)
+        size = image_embeddings.shape[-2:]
+        cells = dense if isinstance(dense, DenseCells) else None
+        common = dense[0].flatten(1).T if isinstance(dense, Tensor) else dense.bias
+        if image_index is None:
+            image_index = torch.zeros(len(tokens), dtype=torch.long)
+        # What a few prompts need at a time stays in the cache.
+        chunk = max(1, CHUNK_TOKENS // (size[0] * size[1]))
+        order, runs = _runs(image_index, chunk)
+        masks, ious = [], []
+        for number, of_image in groupby(runs, key=itemgetter(0)):
+            image = image_embeddings[number].flatten(1).T + common
+            shared = SharedImage(
+                self.transformer, image, positions, None if cells is None else cells.weight.T
+            )
+            upscale = SharedLinear(shared, weight, bias)
+            for _, run in of_image:
+                rows = run if order is None else order[run]
+                own_cells = None if cells is None else cells.cells[rows].flatten(1, 2).mT
+                answered, own = shared(tokens[rows], own_cells)
+                upscaled = upscale(own).unflatten(2, (4, -1)).unflatten(1, size)
+                masks.append(self._masks(answered, upscaled, wanted))
+                ious.append(self.iou_prediction_head(answered[:, 0])[:, wanted])
+        if order is None:
+            return torch.cat(masks), torch.cat(ious)
+        back = order.argsort()
+        return torch.cat(masks)[back], torch.cat(ious)[back]
+
+    def _masks(self, tokens: Tensor, upscaled: Tensor, wanted: slice) -> Tensor:
+        """Masks (P, M, 4h, 4w), logits, of tokens (P, T, C) and (P, h, w, 4, C / 4) image tokens.
+
+        The latter are those of the first upscaling, before its norm.
+        """
         mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
-        filters = torch.stack(
-            [
-                mlp(token)
-                for mlp, token in zip(
-                    self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True
-                )
-            ],
-            dim=1,
-        )[:, wanted]
+        mlps = list(zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True))
+        # In training every parameter takes part in every backward pass: ranks wait for each other's.
+        asked = slice(None) if torch.is_grad_enabled() else wanted
+        filters = torch.stack([mlp(token) for mlp, token in mlps[asked]], dim=1)
+        if torch.is_grad_enabled():
+            filters = filters[:, wanted]
         layers: list[Any] = list(self.output_upscaling)
-        upscale1, norm, act1, upscale2, act2 = layers
-        x = stride_two_deconv(upscale1, src)
-        if high_res is not None:
-            x = x + high_res
-        x = act1(norm.over_last(x))
+        _, norm, act1, upscale2, act2 = layers
+        x = act1(norm.over_last(upscaled))
         x = act2(stride_two_deconv(upscale2, x))
         # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the
         # masks, which are far smaller, are put in order.
-        p, h, w = src.shape[:3]
+        p, h, w = upscaled.shape[:3]
         masks = filters @ x.flatten(1, 4).transpose(1, 2)
         masks = masks.reshape(p, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.reshape(p, -1, 4 * h, 4 * w)
+
+
+def _is_precise(x: Tensor) -> bool:
+    """Whether a variance may be made of sums of products: not in half precision."""
+    is_half = torch.is_autocast_enabled(x.device.type)
+    return x.dtype in (torch.float32, torch.float64) and not is_half
+
+
+def _runs(image_index: Tensor, chunk: int) -> tuple[Tensor | None, list[tuple[int, slice]]]:
+    """The prompts image by image.
+
+    Args:
+        image_index: (P,).
+        chunk: prompts of a run, at most.
+
+    Returns:
+        The order that brings the prompts of an image together, None where they are so already, and the
+        image and the places in that order of each run.
+    """
+    order, numbers = None, image_index.tolist()
+    if numbers != sorted(numbers):
+        order = image_index.argsort(stable=True)
+        numbers.sort()
+    runs, start = [], 0
+    for number, of_image in groupby(numbers):
+        end = start + len(list(of_image))
+        runs += [(number, slice(i, min(i + chunk, end))) for i in range(start, end, chunk)]
+        start = end
+    return order, runs

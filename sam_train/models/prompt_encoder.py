@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.common import Downscaling
+from sam_train.models.common import DenseCells, Downscaling
 from sam_train.models.first_guess import PromptFrame
 from sam_train.models.position_encoding import PositionEmbeddingRandom
 from sam_train.models.prompt_drawing import PromptDrawing
@@ -110,8 +110,18 @@ class PromptEncoder(nn.Module):
             Sparse embeddings (P, N, C) and dense embeddings (P, C, h, w); more of both if
             `feeds_guess`.
         """
+        sparse, dense = self.embed_unread(prompts)
+        return sparse, dense if isinstance(dense, Tensor) else dense.embeddings()
+
+    def embed_unread(self, prompts: Prompts) -> tuple[Tensor, Tensor | DenseCells]:
+        """`embed`, but where there are masks alone the last layer that reads them is left to the decoder.
+
+        Few channels take the decoder less time than C of them.
+        """
         coords, labels, masks = prompts
         sparse = self.embed_points(coords, labels)
+        if masks is not None and self.drawing is None and not self.feeds_guess:
+            return sparse, self.mask_downscaling.cells(masks.permute(0, 2, 3, 1))
         dense = self.embed_masks(masks, len(coords))
         if self.drawing is not None:
             grid, pixels = self.mask_input_size, self.input_image_size

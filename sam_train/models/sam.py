@@ -125,7 +125,7 @@ class Sam(nn.Module):
             image_index: (P,) the image each prompt belongs to.
             multimask_output: three candidates a prompt, else one.
         """
-        sparse, dense = self.prompt_encoder.embed(prompts)
+        sparse, dense = self.prompt_encoder.embed_unread(prompts)
         low_res_masks, iou_predictions = self.mask_decoder(
             image_embeddings=features.image_embeddings,
             image_pe=self.prompt_encoder.get_dense_pe(),

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.products import Linear, bmm
+
 
 class Attention(nn.Module):
     """Multi-head attention whose inner width may be smaller than the embedding's.
@@ -30,10 +32,10 @@ class Attention(nn.Module):
         self.num_heads = num_heads
         self.internal_dim = internal_dim
         self.scale = (internal_dim // num_heads) ** -0.5
-        self.q_proj = nn.Linear(embedding_dim, internal_dim)
-        self.k_proj = nn.Linear(embedding_dim, internal_dim)
-        self.v_proj = nn.Linear(embedding_dim, internal_dim)
-        self.out_proj = nn.Linear(internal_dim, embedding_dim)
+        self.q_proj = Linear(embedding_dim, internal_dim)
+        self.k_proj = Linear(embedding_dim, internal_dim)
+        self.v_proj = Linear(embedding_dim, internal_dim)
+        self.out_proj = Linear(internal_dim, embedding_dim)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends from (B, L, C) queries to (B, T, C) keys and values; returns (B, L, C)."""
@@ -42,7 +44,7 @@ class Attention(nn.Module):
         if self._folds(k) and q.shape[1] > self.internal_dim:
             return self._image_to_tokens(q, k, v)
         queries, keys, values = (
-            self._split(projection(x)).transpose(1, 2)
+            self.split(projection(x)).transpose(1, 2)
             for projection, x in ((self.q_proj, q), (self.k_proj, k), (self.v_proj, v))
         )
         out = F.scaled_dot_product_attention(queries, keys, values)
@@ -51,30 +53,31 @@ class Attention(nn.Module):
     def _folds(self, tokens: Tensor) -> bool:
         return tokens.shape[1] * self.num_heads <= self.internal_dim
 
-    def _split(self, x: Tensor) -> Tensor:
+    def split(self, x: Tensor) -> Tensor:
+        """(..., heads * d) to (..., heads, d)."""
         return x.unflatten(-1, (self.num_heads, -1))
 
     def _tokens_to_image(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wk = self.k_proj.weight.unflatten(0, (self.num_heads, -1))
         wv = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
         # The keys' bias adds the same to every score of a query, which the softmax takes out again.
-        folded = torch.einsum("bthd,hdc->bthc", self.scale * self._split(self.q_proj(q)), wk)
-        weights = (folded.flatten(1, 2) @ k.transpose(1, 2)).softmax(dim=-1)
-        pooled = (weights @ v).unflatten(1, (-1, self.num_heads))
+        folded = torch.einsum("bthd,hdc->bthc", self.scale * self.split(self.q_proj(q)), wk)
+        weights = bmm(folded.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1)
+        pooled = bmm(weights, v).unflatten(1, (-1, self.num_heads))
         out = torch.einsum("bthc,hdc->bthd", pooled, wv).flatten(2) + self.v_proj.bias
         return self.out_proj(out)
 
     def _image_to_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         wq = self.q_proj.weight.unflatten(0, (self.num_heads, -1))
-        wo = self._split(self.out_proj.weight)
-        keys = self.scale * self._split(self.k_proj(k))
+        wo = self.split(self.out_proj.weight)
+        keys = self.scale * self.split(self.k_proj(k))
         folded = torch.einsum("bthd,hdc->bhtc", keys, wq)
-        bias = torch.einsum("bthd,hd->bht", keys, self._split(self.q_proj.bias))
+        bias = torch.einsum("bthd,hd->bht", keys, self.split(self.q_proj.bias))
         # Scores lie as (B, heads, T, L): a softmax over few tokens vectorises along the image.
-        scores = torch.baddbmm(bias.flatten(1)[..., None], folded.flatten(1, 2), q.transpose(1, 2))
+        scores = bmm(folded.flatten(1, 2), q.transpose(1, 2)) + bias.flatten(1)[..., None]
         weights = scores.unflatten(1, (self.num_heads, -1)).softmax(dim=2).flatten(1, 2)
-        values = torch.einsum("bthd,chd->bhtc", self._split(self.v_proj(v)), wo).flatten(1, 2)
-        return torch.baddbmm(self.out_proj.bias, weights.transpose(1, 2), values)
+        values = torch.einsum("bthd,chd->bhtc", self.split(self.v_proj(v)), wo).flatten(1, 2)
+        return bmm(weights.transpose(1, 2), values) + self.out_proj.bias
 
     @torch.no_grad()
     def match_queries_to_keys(self, gain: float) -> None:
@@ -94,8 +97,8 @@ class MLPBlock(nn.Module):
 
     def __init__(self, embedding_dim: int, mlp_dim: int) -> None:
         super().__init__()
-        self.lin1 = nn.Linear(embedding_dim, mlp_dim)
-        self.lin2 = nn.Linear(mlp_dim, embedding_dim)
+        self.lin1 = Linear(embedding_dim, mlp_dim)
+        self.lin2 = Linear(mlp_dim, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.lin2(F.relu(self.lin1(x)))
@@ -143,19 +146,26 @@ class TwoWayAttentionBlock(nn.Module):
     def forward(
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
     ) -> tuple[Tensor, Tensor]:
+        queries = self.attend_to_each_other(queries, query_pe)
+        k = keys + key_pe
+        queries = self.update(queries, self.cross_attn_token_to_image(queries + query_pe, k, keys))
+        attended = self.cross_attn_image_to_token(k, queries + query_pe, queries)
+        keys = self.norm4(keys + self.dropout(attended))
+        return queries, keys
+
+    def attend_to_each_other(self, queries: Tensor, query_pe: Tensor) -> Tensor:
+        """The tokens' self-attention."""
         if self.skip_first_layer_pe:
             queries = self.dropout(self.self_attn(queries, queries, queries))
         else:
             q = queries + query_pe
             queries = queries + self.dropout(self.self_attn(q, q, queries))
-        queries = self.norm1(queries)
-        k = keys + key_pe
-        attended = self.cross_attn_token_to_image(queries + query_pe, k, keys)
+        return self.norm1(queries)
+
+    def update(self, queries: Tensor, attended: Tensor) -> Tensor:
+        """Adds what the tokens saw of the image, and their MLP."""
         queries = self.norm2(queries + self.dropout(attended))
-        queries = self.norm3(queries + self.dropout(self.mlp(queries)))
-        attended = self.cross_attn_image_to_token(k, queries + query_pe, queries)
-        keys = self.norm4(keys + self.dropout(attended))
-        return queries, keys
+        return self.norm3(queries + self.dropout(self.mlp(queries)))
 
 
 class TwoWayTransformer(nn.Module):
@@ -209,6 +219,22 @@ class TwoWayTransformer(nn.Module):
             for name, module in self.named_modules():
                 if isinstance(module, Attention) and not name.endswith("self_attn"):
                     module.match_queries_to_keys(matched_qk_gain)
+
+    def blocks(self) -> list[TwoWayAttentionBlock]:
+        """`layers`, with their type."""
+        return [layer for layer in self.layers if isinstance(layer, TwoWayAttentionBlock)]
+
+    def keeps_rows(self, num_tokens: int, num_own_rows: int) -> bool:
+        """Whether `SharedImage` is this transformer's equal and, by its rows, the cheaper form.
+
+        Args:
+            num_tokens: T.
+            num_own_rows: rows of a prompt before the first layer.
+        """
+        if self.training and any(layer.dropout.p for layer in self.blocks()):
+            return False  # dropout of image tokens leaves them in no sum of few rows
+        rows = num_own_rows + len(self.layers) * (self.num_heads * num_tokens + 1)
+        return 0 < rows <= self.norm_final_attn.normalized_shape[0]
 
     def forward(
         self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor

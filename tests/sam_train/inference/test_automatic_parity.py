@@ -69,7 +69,7 @@ def blobs(pair: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """
     asked: list[torch.Tensor] = []
     theirs, ours = pair.published.model, pair.ours.model
-    embed = ours.prompt_encoder.embed
+    embed = ours.prompt_encoder.embed_unread
 
     def hear(module: Any, args: Any, kwargs: Any) -> None:
         asked.append(kwargs["points"][0])
@@ -87,7 +87,7 @@ def blobs(pair: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         return spread + logits * NOISE / logits.std((2, 3), keepdim=True), ious + 3
 
     theirs.prompt_encoder.register_forward_pre_hook(hear, with_kwargs=True)
-    monkeypatch.setattr(ours.prompt_encoder, "embed", hear_ours)
+    monkeypatch.setattr(ours.prompt_encoder, "embed_unread", hear_ours)
     for model in (theirs, ours):
         model.mask_decoder.register_forward_hook(draw_together)
     return pair

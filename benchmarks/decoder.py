@@ -1,0 +1,202 @@
+"""The mask decoder against `segment_anything`'s and `transformers`', with the same weights.
+
+    python benchmarks/decoder.py                            # 64 prompts of one image, one thread
+    python benchmarks/decoder.py --threads 2 --out benchmarks/results
+
+Embeddings of 64 x 64 and 16 x 16 tokens, width 256, a point a prompt; forward, and forward and backward. All
+three answer the same embeddings, masks, predicted IoUs and gradients are compared, then they take turns in
+one process.
+"""
+
+from __future__ import annotations
+
+import datetime
+import tempfile
+from collections.abc import Callable, Mapping
+
+import side_by_side
+import torch
+import transformers
+from segment_anything.modeling import MaskDecoder as PublishedDecoder
+from segment_anything.modeling import TwoWayTransformer as PublishedTransformer
+from torch import Tensor, nn
+from transformers import SamModel
+
+from sam_train.checkpoints.build import build_model, model_config
+from sam_train.checkpoints.save import save_hugging_face, to_hugging_face, to_official_state_dict
+from sam_train.models.sam import Sam
+from sam_train.structures import Prompts
+
+WIDTH = 256
+OURS, PUBLISHED, PEER = "sam-train", "segment_anything", "transformers"
+TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+Answer = Callable[[], tuple[Tensor, Tensor]]
+
+
+def build(side: int) -> Sam:
+    """A SAM of random weights in the published form, with next to no encoder."""
+    encoder, decoder = "model.image_encoder", "model.mask_decoder"
+    torch.manual_seed(0)
+    return build_model(
+        model_config(
+            "sam_vit_b",
+            [
+                f"{encoder}.img_size={16 * side}",
+                f"{encoder}.embed_dim=16",
+                f"{encoder}.depth=1",
+                f"{encoder}.num_heads=1",
+                f"{encoder}.global_attn_indexes=[0]",
+                f"{decoder}.transformer.dropout=0.0",
+            ],
+        )
+    )
+
+
+def published_decoder(model: Sam) -> PublishedDecoder:
+    transformer = PublishedTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=2048, num_heads=8)
+    decoder = PublishedDecoder(transformer_dim=WIDTH, transformer=transformer)
+    state = to_official_state_dict(model)
+    prefix = "mask_decoder."
+    decoder.load_state_dict(
+        {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+    )
+    return decoder
+
+
+def peer_model(model: Sam) -> SamModel:
+    with tempfile.TemporaryDirectory() as folder:
+        save_hugging_face(model, folder)
+        return SamModel.from_pretrained(folder)
+
+
+def our_gradients(model: Sam) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Of the decoder, by the official and by `SamModel`'s names: converters given gradients for weights."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            zero = torch.zeros_like(parameter)
+            parameter.copy_(zero if parameter.grad is None else parameter.grad)
+        official = {name: t.clone() for name, t in to_official_state_dict(model).items()}
+        of_peer = {name: t.clone() for name, t in to_hugging_face(model)[1].items()}
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+    return official, of_peer
+
+
+def gradients(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    named = module.named_parameters()
+    return {prefix + name: p.grad.clone() for name, p in named if p.grad is not None}
+
+
+def with_backward(answer: Answer, module: nn.Module, embedding: Tensor) -> Callable[[], None]:
+    def run() -> None:
+        module.zero_grad()
+        embedding.grad = None
+        masks, ious = answer()
+        # Every logit pulls its own way, as it does in a loss.
+        pull = torch.linspace(-1, 1, masks.numel(), device=masks.device).view_as(masks)
+        ((masks * pull).mean() + ious.mean()).backward()
+
+    return run
+
+
+def compare(side: int, num_prompts: int, arguments: object) -> list[list[str]]:
+    """Rows of the table for an embedding of `side` x `side` tokens."""
+    device, repeats = arguments.device, arguments.repeats  # type: ignore[attr-defined]
+    model = build(side).to(device)
+    published, peer = published_decoder(model).to(device), peer_model(model).to(device)
+    generator = torch.Generator().manual_seed(1)
+    embedding = torch.randn(1, WIDTH, side, side, generator=generator).to(device)
+    embedding.requires_grad_()
+    coords = 16 * side * torch.rand(num_prompts, 1, 2, generator=generator)
+    labels = torch.ones(num_prompts, 1, dtype=torch.long)
+    prompts = model.prompt_encoder.to_prompts(points=(coords.to(device), labels.to(device)))
+    with torch.no_grad():
+        sparse, dense = model.prompt_encoder.embed(Prompts(*prompts))
+        pe = model.prompt_encoder.get_dense_pe()
+    # One for all prompts, as the prompt encoders hand it out; the weights take gradients' places below.
+    dense = dense[:1].clone().expand_as(dense)
+
+    def ours() -> tuple[Tensor, Tensor]:
+        return model.mask_decoder(embedding, pe, sparse, dense, True)
+
+    def of_published() -> tuple[Tensor, Tensor]:
+        return published(embedding, pe, sparse, dense, True)
+
+    def of_peer() -> tuple[Tensor, Tensor]:
+        masks, ious = peer.mask_decoder(embedding, pe, sparse[None], dense[:1], True)[:2]
+        return masks[0], ious[0]
+
+    answers: Mapping[str, Answer] = {OURS: ours, PUBLISHED: of_published, PEER: of_peer}
+    modules = {OURS: model, PUBLISHED: published, PEER: peer}
+    with_gradients = {
+        name: with_backward(answer, modules[name], embedding) for name, answer in answers.items()
+    }
+
+    def forward(answer: Answer) -> Callable[[], object]:
+        return torch.no_grad()(answer)
+
+    def check(name: str, prefix: str, which: int) -> tuple[float, float]:
+        with torch.no_grad():
+            pairs = list(zip(ours(), answers[name](), strict=True))
+        error = max(side_by_side.largest_difference(*pair) for pair in pairs)
+        with_gradients[OURS]()
+        got = {**our_gradients(model)[which], "embedding": embedding.grad.clone()}
+        with_gradients[name]()
+        expected = {**gradients(modules[name], prefix), "embedding": embedding.grad.clone()}
+        return error, side_by_side.gradient_difference(got, expected)
+
+    errors = {PUBLISHED: check(PUBLISHED, "mask_decoder.", 0), PEER: check(PEER, "", 1)}
+    rows = []
+    for title, runs in (
+        ("forward", {name: forward(answer) for name, answer in answers.items()}),
+        ("forward and backward", with_gradients),
+    ):
+        seconds = side_by_side.medians(runs, repeats, device=device)
+        for name, (error, gradient_error) in errors.items():
+            rows.append(
+                [
+                    f"{side} x {side}",
+                    title,
+                    name,
+                    f"{1000 * seconds[OURS]:.0f}",
+                    f"{1000 * seconds[name]:.0f}",
+                    f"{seconds[name] / seconds[OURS]:.2f}",
+                    f"{error if title == 'forward' else gradient_error:.1e}",
+                ]
+            )
+    for name, (error, gradient_error) in errors.items():
+        if error > TOLERANCE or gradient_error > GRADIENT_TOLERANCE:
+            print("\n".join(" | ".join(row) for row in rows))
+            raise SystemExit(
+                f"{name}: answers differ by {error:.1e}, gradients by {gradient_error:.1e}; "
+                f"expected {TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e} at most"
+            )
+    return rows
+
+
+def main() -> None:
+    parser = side_by_side.parser(__doc__.splitlines()[0], repeats=5)
+    parser.add_argument("--sides", type=int, nargs="+", default=[64, 16], help="of the embedding")
+    parser.add_argument("--prompts", type=int, default=64)
+    arguments = parser.parse_args()
+    side_by_side.settle(arguments.threads, arguments.device)
+    transformers.utils.logging.disable_progress_bar()
+    rows = [row for side in arguments.sides for row in compare(side, arguments.prompts, arguments)]
+    header = ["embedding", "pass", "peer", f"{OURS}, ms", "peer, ms", "ratio", "largest difference"]
+    report = "\n".join(
+        [
+            f"# The mask decoder, {datetime.date.today()}",
+            "",
+            f"{arguments.prompts} prompts of one image, width {WIDTH}, float32, a point each, three masks. "
+            f"{side_by_side.machine(arguments.device)}; medians of {arguments.repeats} runs each, taken in "
+            "turn in one process. Differences: of answers relative to the largest, of gradients by norm.",
+            "",
+            side_by_side.table(header, rows),
+        ]
+    )
+    side_by_side.publish(report, "decoder", arguments.out)
+
+
+if __name__ == "__main__":
+    main()

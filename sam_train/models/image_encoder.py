@@ -24,7 +24,7 @@ from timm.models.vision_transformer_sam import (
 from torch import Tensor, nn
 
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
-from sam_train.models.products import use_fast_linears
+from sam_train.models.products import Linear, linear_gelu, use_fast_linears
 from sam_train.models.rel_pos_attention import rel_pos_attention
 
 
@@ -58,7 +58,14 @@ class _Block(Block):
         if side:
             out = window_unpartition(out, side, size, padded)
         x = x + self.drop_path1(self.ls1(attention.proj(out)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        first = self.mlp.fc1
+        # A layer that was put in its place, as adapters are, computes more than its weight says.
+        if self.training or type(first) is not Linear:
+            return self.mlp(x)
+        return self.mlp.fc2(linear_gelu(x, first.weight, first.bias))
 
 
 class SamVitEncoder(nn.Module):

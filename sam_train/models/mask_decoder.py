@@ -18,7 +18,7 @@ from sam_train.models.common import (
     stride_two_deconv,
 )
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
-from sam_train.models.products import Linear
+from sam_train.models.products import Linear, linear_gelu
 from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.structures import MaskPrediction
@@ -326,9 +326,9 @@ class MaskDecoder(nn.Module):
         if torch.is_grad_enabled():
             filters = filters[:, wanted]
         layers: list[Any] = list(self.output_upscaling)
-        _, norm, act1, upscale2, act2 = layers
+        _, norm, act1, upscale2, _ = layers
         x = act1(norm.over_last(upscaled))
-        x = act2(stride_two_deconv(upscale2, x))
+        x = linear_gelu(x, *deconv_as_linear(upscale2)).unflatten(-1, (4, -1))
         # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the
         # masks, which are far smaller, are put in order.
         p, h, w = upscaled.shape[:3]

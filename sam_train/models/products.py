@@ -47,6 +47,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.gelu(linear(...))`; where no gradient is wanted, the sums pass the GELU while in the cache."""
+    is_small = x.numel() * weight.shape[0] < MIN_PRODUCTS
+    if is_small or torch.is_grad_enabled() or not _takes(x, weight):
+        return F.gelu(linear(x, weight, bias))
+    assert _ONEDNN is not None
+    return _ONEDNN(_packed(x), _packed(weight), bias, "gelu", [], "none")
+
+
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`torch.bmm` of (P, M, K) and (P, K, N), any strides welcome."""
     least = MIN_PRODUCTS if len(a) == 1 else MIN_IN_BATCH

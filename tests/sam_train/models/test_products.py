@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sam_train.models import products
-from sam_train.models.products import Linear, bmm, linear, use_fast_linears
+from sam_train.models.products import Linear, bmm, linear, linear_gelu, use_fast_linears
 
 needs_onednn = pytest.mark.skipif(
     not products.takes_products(torch.zeros(1)), reason="this torch has no oneDNN linear"
@@ -89,3 +89,19 @@ def test_layers_built_elsewhere_keep_their_weights():
     assert [type(layer) for layer in model] == [Linear, nn.ReLU, Linear]
     assert list(model.state_dict()) == names
     assert torch.equal(model(x), expected)
+
+
+@needs_onednn
+def test_a_linear_layer_and_its_gelu_in_one_are_torchs(monkeypatch, relative_error):
+    torch.manual_seed(0)
+    x, weight, bias = (
+        torch.randn(2, 96, 160),
+        torch.randn(80, 160, requires_grad=True),
+        torch.randn(80),
+    )
+    expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+    out = linear_gelu(x, weight, bias)
+    assert out.requires_grad and relative_error(out, expected) < 1e-6
+    monkeypatch.setattr(torch.nn.functional, "gelu", None)
+    with torch.no_grad():
+        assert relative_error(linear_gelu(x, weight, bias), expected) < 1e-6

@@ -330,9 +330,9 @@ class MaskDecoder(nn.Module):
         x = act1(norm.over_last(upscaled))
         x = linear_gelu(x, *deconv_as_linear(upscale2)).unflatten(-1, (4, -1))
         # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the
-        # masks, which are far smaller, are put in order.
+        # masks, which are far smaller, are put in order. Features first: so their gradient lies as they do.
         p, h, w = upscaled.shape[:3]
-        masks = filters @ x.flatten(1, 4).transpose(1, 2)
+        masks = (x.flatten(1, 4) @ filters.mT).mT
         masks = masks.reshape(p, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.reshape(p, -1, 4 * h, 4 * w)
 

@@ -51,6 +51,8 @@ def published_sam(randomise):
         in_chans: int = 3,
         out_chans: int = 32,
         iou_head_depth: int = 4,
+        iou_head_hidden_dim: int = 24,
+        mlp_dim: int = 64,
         seed: int = 0,
     ) -> published.Sam:
         grid = img_size // 16
@@ -77,11 +79,11 @@ def published_sam(randomise):
             mask_decoder=published.MaskDecoder(
                 num_multimask_outputs=3,
                 transformer=published.TwoWayTransformer(
-                    depth=2, embedding_dim=out_chans, mlp_dim=64, num_heads=8
+                    depth=2, embedding_dim=out_chans, mlp_dim=mlp_dim, num_heads=8
                 ),
                 transformer_dim=out_chans,
                 iou_head_depth=iou_head_depth,
-                iou_head_hidden_dim=24,
+                iou_head_hidden_dim=iou_head_hidden_dim,
             ),
         )
         return randomise(model, seed).eval()

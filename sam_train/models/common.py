@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.products import Linear, linear
+from sam_train.models.plain import is_plain
+from sam_train.models.products import Linear, linear, runs_now
 
 
 class LayerNorm2d(nn.Module):
@@ -51,6 +52,11 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def can_look_at(x: Tensor) -> bool:
+    """Whether the values may decide something: on a GPU a look would wait for it, in a graph there are none."""
+    return x.device.type == "cpu" and type(x) is Tensor and runs_now()
+
+
 class DenseCells(NamedTuple):
     """Dense prompt embeddings as what they are made of: a linear layer of few channels.
 
@@ -68,11 +74,16 @@ class DenseCells(NamedTuple):
         """(P, C, h, w)."""
         return linear(*self).permute(0, 3, 1, 2)
 
+    def expand(self, num_prompts: int) -> DenseCells:
+        """One prompt's, as those of many."""
+        return self._replace(cells=self.cells.expand(num_prompts, -1, -1, -1))
+
 
 class Downscaling(nn.Sequential):
     """SAM's reader of mask prompts: two 2x2 convolutions of stride 2 and a 1x1 (SAM, appendix A).
 
-    It runs channels last, as matrix products: so few channels make poor convolutions.
+    It runs channels last, as matrix products, so few channels make poor convolutions; layers that are not
+    plain are called (`is_plain`).
 
     Args:
         in_chans: channels of the maps, 1 for a mask.
@@ -92,16 +103,47 @@ class Downscaling(nn.Sequential):
         )
 
     def forward(self, maps: Tensor) -> Tensor:
-        """(P, h, w, in_chans) maps to (P, C, h / 4, w / 4)."""
-        return self.cells(maps).embeddings()
+        """(P, in_chans, h, w) maps to (P, C, h / 4, w / 4)."""
+        return self.cells(maps).embeddings() if self._reads_weights() else super().forward(maps)
+
+    def leaves_cells(self) -> bool:
+        """Whether `cells` gives what a call would."""
+        return is_plain(self, of=Downscaling) and self._reads_weights()
+
+    def _reads_weights(self) -> bool:
+        if len(self) != 7:
+            return False
+        layers: list[Any] = list(self)
+        conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
+        return (
+            is_plain(conv1, conv2, conv3, of=nn.Conv2d)
+            and is_two_by_two(conv1, conv2)
+            and conv3.kernel_size == conv3.stride == (1, 1)
+            and conv3.padding == (0, 0)
+            and conv3.groups == 1
+            and is_plain(norm1, norm2, of=LayerNorm2d)
+            and is_plain(act1, act2, of=nn.GELU)
+        )
 
     def cells(self, maps: Tensor) -> DenseCells:
         """The same, its last layer left to do."""
         layers: list[Any] = list(self)
         conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
+        maps = maps.permute(0, 2, 3, 1)
         x = act1(norm1.over_last(stride_two_conv(conv1, maps)))
         x = act2(norm2.over_last(stride_two_conv(conv2, x)))
         return DenseCells(x, conv3.weight.flatten(1), conv3.bias)
+
+
+def is_two_by_two(*convs: nn.Conv2d | nn.ConvTranspose2d) -> bool:
+    """Whether each takes a 2x2 block of pixels to one, or one to a block, and no block sees another."""
+    return all(
+        conv.kernel_size == conv.stride == (2, 2)
+        and conv.padding == conv.output_padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+        for conv in convs
+    )
 
 
 def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -110,7 +152,8 @@ def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     Equal to `conv`, and several times faster than it for the few channels of mask prompts.
     """
     n, h, w, c = x.shape
-    patches = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 3).reshape(n, h // 2, w // 2, -1)
+    patches = x.reshape(n, h // 2, 2, w // 2, 2, c).transpose(2, 3)
+    patches = patches.reshape(n, h // 2, w // 2, 4 * c)
     return linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 

@@ -14,8 +14,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer_sam import (
+    Attention,
     Block,
     VisionTransformerSAM,
     window_partition,
@@ -24,7 +26,8 @@ from timm.models.vision_transformer_sam import (
 from torch import Tensor, nn
 
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
-from sam_train.models.products import Linear, linear_gelu, use_fast_linears
+from sam_train.models.plain import is_plain
+from sam_train.models.products import linear_gelu, use_fast_linears
 from sam_train.models.rel_pos_attention import rel_pos_attention
 
 
@@ -33,18 +36,43 @@ class _Block(Block):
 
     Windows of 14 cut 16 x 16 tokens (256 px) into 28 x 28, two thirds of it padding. Its queries, keys and
     values are one vector, its answers are thrown away: the same result. Stochastic depth drops a block for
-    a whole image, not for a window of it.
+    a whole image, not for a window of it. Other attentions and MLPs, put in their places, are called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        attend = self._attend if self._attends_by_rel_pos() else self._call_attention
+        x = x + self.drop_path1(self.ls1(attend(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))
+
+    def _attends_by_rel_pos(self) -> bool:
+        """Whether `_attend` is what a call of the attention is; its qkv and proj are called in both."""
+        attention = self.attn
+        if not is_plain(attention, of=Attention) or not attention.use_rel_pos:
+            return False
+        dropouts = (attention.attn_drop, attention.proj_drop)
+        return (
+            attention.rope is None
+            and is_plain(attention.q_norm, attention.k_norm, of=nn.Identity)
+            and is_plain(*dropouts, of=nn.Dropout)
+            and not any(dropout.training and dropout.p for dropout in dropouts)
+        )
+
+    def _call_attention(self, x: Tensor) -> Tensor:
+        if not self.window_size:
+            return self.attn(x)
+        size = (x.shape[1], x.shape[2])
+        windows, padded = window_partition(x, self.window_size)
+        return window_unpartition(self.attn(windows), self.window_size, size, padded)
+
+    def _attend(self, x: Tensor) -> Tensor:
         size, side = (x.shape[1], x.shape[2]), self.window_size
         attention = self.attn
-        qkv, padded = attention.qkv(self.norm1(x)), size
+        qkv, padded = attention.qkv(x), size
         window = size if side == 0 else (side, side)
         if side:
             padded = (-(-size[0] // side) * side, -(-size[1] // side) * side)
             if padded != size:
-                padding = attention.qkv(x.new_zeros(x.shape[-1]))
+                padding = attention.qkv(x.new_zeros(1, 1, 1, x.shape[-1]))
                 whole = padding.expand(len(x), *padded, -1).clone()
                 whole[:, : size[0], : size[1]] = qkv
                 qkv = whole
@@ -57,15 +85,25 @@ class _Block(Block):
         out = out.unflatten(1, window)
         if side:
             out = window_unpartition(out, side, size, padded)
-        x = x + self.drop_path1(self.ls1(attention.proj(out)))
-        return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))
+        return attention.proj(out)
 
     def _mlp(self, x: Tensor) -> Tensor:
-        first = self.mlp.fc1
-        # A layer that was put in its place, as adapters are, computes more than its weight says.
-        if self.training or type(first) is not Linear:
+        if self.training or not self._has_plain_mlp():
             return self.mlp(x)
+        first = self.mlp.fc1
         return self.mlp.fc2(linear_gelu(x, first.weight, first.bias))
+
+    def _has_plain_mlp(self) -> bool:
+        mlp = self.mlp
+        return (
+            is_plain(mlp, of=Mlp)
+            and is_plain(mlp.fc1)
+            and is_plain(mlp.act, of=nn.GELU)
+            and mlp.act.approximate == "none"
+            and is_plain(mlp.norm, of=nn.Identity)
+            and is_plain(mlp.drop1, mlp.drop2, of=nn.Dropout)
+            and not any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
+        )
 
 
 class SamVitEncoder(nn.Module):

@@ -14,11 +14,14 @@ from sam_train.models.common import (
     MLP,
     DenseCells,
     LayerNorm2d,
+    can_look_at,
     deconv_as_linear,
+    is_two_by_two,
     stride_two_deconv,
 )
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
-from sam_train.models.products import Linear, linear_gelu
+from sam_train.models.plain import is_plain
+from sam_train.models.products import Linear, linear_gelu, runs_now
 from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
 from sam_train.structures import MaskPrediction
@@ -131,7 +134,7 @@ class MaskDecoder(nn.Module):
             image_embeddings: (N, C, h, w). Without `image_index`, N is 1, one image for all prompts.
             image_pe: (1, C, h, w) position code of the image tokens.
             sparse_prompt_embeddings: (P, T, C) of points and boxes.
-            dense_prompt_embeddings: (P, C, h, w) of masks, or what they are made of. With a first guess,
+            dense_prompt_embeddings: (P or 1, C, h, w) of masks, or what they are made of. With a first guess,
                 all three embeddings hold what the model's own encoders add for it
                 (`PromptEncoder.feeds_guess`, `TimmEncoder.high_res_chans`).
             multimask_output: the candidates, else the single mask's token.
@@ -140,14 +143,22 @@ class MaskDecoder(nn.Module):
         Returns:
             low_res_masks (P, M, 4h, 4w), logits, and iou_predictions (P, M); M is
             `num_multimask_outputs` or 1.
+
+        Raises:
+            ValueError: there are not as many dense embeddings or indices as prompts, or one is of no image.
         """
+        num_prompts = len(sparse_prompt_embeddings)
         if image_index is None and len(image_embeddings) != 1:
             raise ValueError(
                 f"expected one image embedding for all prompts, got {len(image_embeddings)}: "
                 "say which image each prompt belongs to with image_index"
             )
+        if image_index is not None:
+            _check_index(image_index, num_prompts, len(image_embeddings))
         wanted = slice(1, None) if multimask_output else slice(0, 1)
-        sparse, dense = sparse_prompt_embeddings, dense_prompt_embeddings
+        sparse, dense = sparse_prompt_embeddings, _for_each(dense_prompt_embeddings, num_prompts)
+        if num_prompts == 0:
+            return self._no_answers(image_embeddings, wanted)
         if self._shares_images(image_embeddings, sparse, dense):
             tokens = self._tokens(sparse)
             return self._decode_shared(
@@ -175,10 +186,15 @@ class MaskDecoder(nn.Module):
         src = image_embeddings + dense
         tokens, image_tokens = self.transformer(src, image_pe, self._tokens(sparse))
         image_tokens = image_tokens.unflatten(1, src.shape[-2:])
-        upscaled = stride_two_deconv(self._first_upscaling, image_tokens)
-        if high_res is not None:
-            upscaled = upscaled + high_res
-        masks = self._masks(tokens, upscaled, wanted)
+        if self._upscales_by_weights():
+            upscaled = stride_two_deconv(self._first_upscaling, image_tokens)
+            if high_res is not None:
+                upscaled = upscaled + high_res
+            masks = self._masks(tokens, upscaled, wanted)
+        else:
+            upscaled = self._upscale(image_tokens.permute(0, 3, 1, 2), high_res)
+            masks = self._filters(tokens, wanted) @ upscaled.flatten(2)
+            masks = masks.unflatten(2, upscaled.shape[-2:])
         ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
         if start_masks is None or start_ious is None:
             return masks, ious
@@ -265,8 +281,14 @@ class MaskDecoder(nn.Module):
 
     def _shares_images(self, images: Tensor, sparse: Tensor, dense: Tensor | DenseCells) -> bool:
         """Whether many prompts look at the same image tokens, but for a few rows of their own."""
+        # Which prompts are of which image is no part of a graph.
+        if self.first_guess is not None or not runs_now():
+            return False
         least = max(MIN_SHARING, MIN_SHARED_TOKENS / images[0, 0].numel())
-        if self.first_guess is not None or len(sparse) < least * len(images):
+        if len(sparse) < least * len(images) or not self._upscales_by_weights():
+            return False
+        # Another transformer is asked nothing that only this one knows.
+        if type(self.transformer) is not TwoWayTransformer:
             return False
         if isinstance(dense, Tensor) and dense.stride(0) != 0:
             return False
@@ -318,13 +340,7 @@ class MaskDecoder(nn.Module):
 
         The latter are those of the first upscaling, before its norm.
         """
-        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
-        mlps = list(zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True))
-        # In training every parameter takes part in every backward pass: ranks wait for each other's.
-        asked = slice(None) if torch.is_grad_enabled() else wanted
-        filters = torch.stack([mlp(token) for mlp, token in mlps[asked]], dim=1)
-        if torch.is_grad_enabled():
-            filters = filters[:, wanted]
+        filters = self._filters(tokens, wanted)
         layers: list[Any] = list(self.output_upscaling)
         _, norm, act1, upscale2, _ = layers
         x = act1(norm.over_last(upscaled))
@@ -336,11 +352,95 @@ class MaskDecoder(nn.Module):
         masks = masks.reshape(p, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.reshape(p, -1, 4 * h, 4 * w)
 
+    def _filters(self, tokens: Tensor, wanted: slice) -> Tensor:
+        """What the wanted masks are of the upscaled features: (P, M, C / 8)."""
+        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
+        mlps = list(zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True))
+        # In training every parameter takes part in every backward pass: ranks wait for each other's.
+        asked = slice(None) if torch.is_grad_enabled() else wanted
+        filters = torch.stack([mlp(token) for mlp, token in mlps[asked]], dim=1)
+        return filters[:, wanted] if torch.is_grad_enabled() else filters
+
+    def _upscales_by_weights(self) -> bool:
+        """Whether `_masks` does what a call of `output_upscaling` would."""
+        if not is_plain(self.output_upscaling, of=nn.Sequential) or len(self.output_upscaling) != 5:
+            return False
+        layers: list[Any] = list(self.output_upscaling)
+        upscale1, norm, act1, upscale2, act2 = layers
+        return (
+            is_plain(upscale1, upscale2, of=nn.ConvTranspose2d)
+            and is_two_by_two(upscale1, upscale2)
+            and is_plain(norm, of=LayerNorm2d)
+            and is_plain(act1, act2, of=nn.GELU)
+            and act2.approximate == "none"
+        )
+
+    def _upscale(self, image_tokens: Tensor, high_res: Tensor | None) -> Tensor:
+        """(P, C, h, w) to (P, C / 8, 4h, 4w), by a call of the layers."""
+        if high_res is None:
+            return self.output_upscaling(image_tokens)
+        first, *others = self.output_upscaling
+        cells = high_res.unflatten(3, (2, 2)).permute(0, 5, 1, 3, 2, 4)
+        x = first(image_tokens) + cells.flatten(4, 5).flatten(2, 3)
+        for layer in others:
+            x = layer(x)
+        return x
+
+    def _no_answers(self, image_embeddings: Tensor, wanted: slice) -> tuple[Tensor, Tensor]:
+        num_masks = len(range(self.num_mask_tokens)[wanted])
+        h, w = image_embeddings.shape[-2:]
+        masks = image_embeddings.new_zeros(0, num_masks, 4 * h, 4 * w)
+        return masks, image_embeddings.new_zeros(0, num_masks)
+
+
+def _for_each(dense: Tensor | DenseCells, num_prompts: int) -> Tensor | DenseCells:
+    """Dense embeddings of P prompts, of which one given stands for all."""
+    num_given = len(dense if isinstance(dense, Tensor) else dense.cells)
+    if num_given == num_prompts:
+        return dense
+    if num_given != 1:
+        raise ValueError(
+            f"dense_prompt_embeddings are as many as sparse_prompt_embeddings, {num_prompts}, or one for "
+            f"all, got {num_given}"
+        )
+    if isinstance(dense, Tensor):
+        return dense.expand(num_prompts, -1, -1, -1)
+    return dense.expand(num_prompts)
+
+
+def _check_index(image_index: Tensor, num_prompts: int, num_images: int) -> None:
+    if image_index.shape != (num_prompts,):
+        raise ValueError(
+            f"image_index says of each of {num_prompts} prompts which image it belongs to, got shape "
+            f"{tuple(image_index.shape)}"
+        )
+    # On a GPU a look at the values would wait for it.
+    if can_look_at(image_index) and num_prompts:
+        low, high = int(image_index.min()), int(image_index.max())
+        if low < 0 or high >= num_images:
+            raise ValueError(
+                f"image_index is from 0 to {num_images - 1}, a place among the image embeddings, got "
+                f"{low if low < 0 else high}"
+            )
+
 
 def _is_precise(x: Tensor) -> bool:
-    """Whether a variance may be made of sums of products: not in half precision."""
-    is_half = torch.is_autocast_enabled(x.device.type)
-    return x.dtype in (torch.float32, torch.float64) and not is_half
+    """Whether a variance may be made of sums of products: not in half precision, nor in what passes for
+    float32 by `torch.set_float32_matmul_precision` or `allow_tf32`."""
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if x.dtype == torch.float32:
+        return _multiplies_exactly(x.device.type)
+    return x.dtype == torch.float64
+
+
+def _multiplies_exactly(device_type: str) -> bool:
+    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    # "none" leaves it to the settings above it.
+    return all(
+        getattr(setting, "fp32_precision", "none") in ("none", "ieee")
+        for setting in (matmul, torch.backends)
+    )
 
 
 def _runs(image_index: Tensor, chunk: int) -> tuple[Tensor | None, list[tuple[int, slice]]]:

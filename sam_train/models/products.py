@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 MIN_PRODUCTS = 1 << 20
 """Multiplications of a product from which on a better kernel pays for the longer way to it."""
@@ -59,7 +58,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def bmm(a: Tensor, b: Tensor) -> Tensor:
     """`torch.bmm` of (P, M, K) and (P, K, N), any strides welcome."""
     least = MIN_PRODUCTS if len(a) == 1 else MIN_IN_BATCH
-    if a[0].numel() * b.shape[2] < least or not _takes(a, b):
+    if not len(a) or a[0].numel() * b.shape[2] < least or not _takes(a, b):
         return torch.bmm(a, b)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _Bmm.apply(a, b)
@@ -87,19 +86,28 @@ def _packed(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 
+def runs_now() -> bool:
+    """Whether tensors are numbers here: no compiler, tracer or transform (`torch.func`) stands between."""
+    return (
+        # Asked first: the others are no part of a compiler's graph.
+        not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
+
+
 def takes_products(x: Tensor) -> bool:
     """Whether `product` is for such tensors, here and now."""
     return (
-        _ONEDNN is not None
+        # A compiler has its own choice of kernels, an exported graph no oneDNN, a transform no rule for it.
+        runs_now()
+        and _ONEDNN is not None
         and type(x)
         in (Tensor, nn.Parameter)  # fake tensors and other subclasses have their own ways
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        # A compiler has its own choice of kernels, and an exported graph no oneDNN.
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
     )
 
 
@@ -108,19 +116,19 @@ def _takes(x: Tensor, weight: Tensor) -> bool:
 
 
 class _Linear(torch.autograd.Function):
+    # Gradients are products too, which have gradients themselves.
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         return product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
-            product(gradient, weight.mT) if of_x else None,
+            linear(gradient, weight.mT) if of_x else None,
             _of_weight(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
@@ -135,7 +143,7 @@ def _of_weight(gradient: Tensor, x: Tensor) -> Tensor:
         or min(*x.shape, gradient.shape[1]) < 128
     ):
         return gradient.mT @ x
-    return product(gradient.mT, x.mT)
+    return linear(gradient.mT, x.mT)
 
 
 class _Bmm(torch.autograd.Function):
@@ -145,11 +153,10 @@ class _Bmm(torch.autograd.Function):
         return products(a, b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         a, b = ctx.saved_tensors
         of_a, of_b = ctx.needs_input_grad
         return (
-            products(gradient, b.mT) if of_a else None,
-            products(a.mT, gradient) if of_b else None,
+            bmm(gradient, b.mT) if of_a else None,
+            bmm(a.mT, gradient) if of_b else None,
         )

@@ -48,7 +48,8 @@ class PromptDrawing(nn.Module):
         Returns:
             (P, C, h / 4, w / 4).
         """
-        return self.downscaling(draw_prompts(coords, labels, grid, pixels, self.click_radius_px))
+        maps = draw_prompts(coords, labels, grid, pixels, self.click_radius_px)
+        return self.downscaling(maps.permute(0, 3, 1, 2))
 
 
 def draw_prompts(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.common import DenseCells, Downscaling
+from sam_train.models.common import DenseCells, Downscaling, can_look_at
 from sam_train.models.first_guess import PromptFrame
 from sam_train.models.position_encoding import PositionEmbeddingRandom
 from sam_train.models.prompt_drawing import PromptDrawing
@@ -119,9 +119,11 @@ class PromptEncoder(nn.Module):
         Few channels take the decoder less time than C of them.
         """
         coords, labels, masks = prompts
-        sparse = self.embed_points(coords, labels)
-        if masks is not None and self.drawing is None and not self.feeds_guess:
-            return sparse, self.mask_downscaling.cells(masks.permute(0, 2, 3, 1))
+        sparse, reader = self.embed_points(coords, labels), self.mask_downscaling
+        is_mask_alone = masks is not None and self.drawing is None and not self.feeds_guess
+        if is_mask_alone and isinstance(reader, Downscaling) and reader.leaves_cells():
+            assert masks is not None
+            return sparse, reader.cells(self._as_weights(masks))
         dense = self.embed_masks(masks, len(coords))
         if self.drawing is not None:
             grid, pixels = self.mask_input_size, self.input_image_size
@@ -137,6 +139,14 @@ class PromptEncoder(nn.Module):
         return sparse, dense
 
     def embed_points(self, coords: Tensor, labels: Tensor) -> Tensor:
+        """(P, N, C); raises ValueError for a label that there is not, on a GPU only what indexing raises."""
+        if labels.numel() and can_look_at(labels):
+            low, high = int(labels.min()), int(labels.max())
+            if low < PADDING or high > BOX_BOTTOM_RIGHT:
+                raise ValueError(
+                    f"point labels are from {PADDING} to {BOX_BOTTOM_RIGHT} (padding, background, "
+                    f"foreground, a box's two corners), got {low if low < PADDING else high}"
+                )
         # Clicks are pixel indices, which name a corner; the code is of the pixel's centre.
         code = self.pe_layer.forward_with_coords(coords + 0.5, self.input_image_size)
         # One table and one look-up, so that every kind takes part in every backward pass: a rank that
@@ -148,6 +158,10 @@ class PromptEncoder(nn.Module):
 
     def embed_masks(self, masks: Tensor | None, num_prompts: int) -> Tensor:
         if masks is not None:
-            return self.mask_downscaling(masks.permute(0, 2, 3, 1))
+            return self.mask_downscaling(self._as_weights(masks))
         dense = self.no_mask_embed.weight.reshape(1, -1, 1, 1)
         return dense.expand(num_prompts, -1, *self.image_embedding_size)
+
+    def _as_weights(self, masks: Tensor) -> Tensor:
+        """A half-precision model takes float32 logits of an earlier answer."""
+        return masks.to(self.no_mask_embed.weight.dtype)

@@ -53,7 +53,7 @@ def rel_pos_attention(
         # Heads that lie between one another are packed once, not for every few queries.
         tokens = (x.contiguous() for x in (queries, keys, values))
         return _Attention.apply(*tokens, along_rows, along_columns)
-    if h * w <= STORED_TOKENS or torch._C._is_tracing():
+    if h * w <= STORED_TOKENS or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
         bias = along_rows[..., None] + along_columns[..., None, :]
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias.flatten(2))
     rows = torch.eye(h, dtype=keys.dtype, device=keys.device).repeat_interleave(w, dim=0)

@@ -129,10 +129,13 @@ class SharedImage:
             queries = _sight(looked, looked.q_proj, image, fixed_queries, is_first=offset is None)
             seen = directions
             directions = [*directions, _by_heads(looked, looked.out_proj.weight.T)]
+            # The values' bias, weighted by shares that sum to one, is the same for all: where it and the
+            # image cancel, they do so here and not in sums of squares, which would lose the digits.
+            bias = F.linear(looked.v_proj.bias, looked.out_proj.weight, looked.out_proj.bias)
             if offset is None:
-                image = image + looked.out_proj.bias
+                image = image + bias
             else:
-                directions.append((offset + looked.out_proj.bias)[None])
+                directions.append((offset + bias)[None])
             image, directions = _centred(image), [_centred(rows) for rows in directions]
             crosses = [linear(rows, image) for rows in directions]
             norm = _Norm(image.square().sum(dim=1), crosses, directions)
@@ -165,7 +168,8 @@ class SharedImage:
             assert stage.queries is not None and stage.norm is not None
             keys = looked.split(looked.k_proj(queries + point_embedding)).transpose(1, 2)
             shares = _scores(looked.scale * keys, stage.queries, own).softmax(dim=2).flatten(1, 2)
-            values.append(looked.split(looked.v_proj(queries)).transpose(1, 2))
+            unbiased = linear(queries, looked.v_proj.weight)
+            values.append(looked.split(unbiased).transpose(1, 2))
             parts = [] if weights is None else [weights]
             if variance is None:
                 parts.append(shares)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.plain import is_plain
 from sam_train.models.products import Linear, bmm
 
 
@@ -15,6 +18,7 @@ class Attention(nn.Module):
     Between a few tokens and thousands of image tokens, the image side's projections move to the tokens
     (q . (W k) = (W^T q) . k, and the values' likewise): the same result without queries, keys or values
     the size of the image, and with fewer products while the heads' tokens are fewer than the channels.
+    That reads the weights of layers; those that are not plain are called (`is_plain`).
 
     Args:
         embedding_dim: C.
@@ -39,9 +43,9 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends from (B, L, C) queries to (B, T, C) keys and values; returns (B, L, C)."""
-        if self._folds(q) and k.shape[1] > self.internal_dim:
+        if k.shape[1] > self.internal_dim and self._folds(q, self.k_proj, self.v_proj):
             return self._tokens_to_image(q, k, v)
-        if self._folds(k) and q.shape[1] > self.internal_dim:
+        if q.shape[1] > self.internal_dim and self._folds(k, self.q_proj, self.out_proj):
             return self._image_to_tokens(q, k, v)
         queries, keys, values = (
             self.split(projection(x)).transpose(1, 2)
@@ -50,8 +54,8 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(queries, keys, values)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
-    def _folds(self, tokens: Tensor) -> bool:
-        return tokens.shape[1] * self.num_heads <= self.internal_dim
+    def _folds(self, tokens: Tensor, *of_image: nn.Module) -> bool:
+        return tokens.shape[1] * self.num_heads <= self.internal_dim and is_plain(*of_image)
 
     def split(self, x: Tensor) -> Tensor:
         """(..., heads * d) to (..., heads, d)."""
@@ -197,6 +201,7 @@ class TwoWayTransformer(nn.Module):
         matched_qk_gain: float | None = None,
     ) -> None:
         super().__init__()
+        self.embedding_dim = embedding_dim
         self.num_heads = num_heads
         self.layer_norm_eps = layer_norm_eps
         self.layers = nn.ModuleList(
@@ -222,7 +227,7 @@ class TwoWayTransformer(nn.Module):
 
     def blocks(self) -> list[TwoWayAttentionBlock]:
         """`layers`, with their type."""
-        return [layer for layer in self.layers if isinstance(layer, TwoWayAttentionBlock)]
+        return cast(list[TwoWayAttentionBlock], list(self.layers))
 
     def keeps_rows(self, num_tokens: int, num_own_rows: int) -> bool:
         """Whether `SharedImage` is this transformer's equal and, by its rows, the cheaper form.
@@ -231,10 +236,29 @@ class TwoWayTransformer(nn.Module):
             num_tokens: T.
             num_own_rows: rows of a prompt before the first layer.
         """
-        if self.training and any(layer.dropout.p for layer in self.blocks()):
-            return False  # dropout of image tokens leaves them in no sum of few rows
         rows = num_own_rows + len(self.layers) * (self.num_heads * num_tokens + 1)
-        return 0 < rows <= self.norm_final_attn.normalized_shape[0]
+        if not len(self.layers) or rows > self.embedding_dim:
+            return False
+        return self._is_plain()
+
+    def _is_plain(self) -> bool:
+        """Whether the image side may be computed from weights, without a call of its layers."""
+        blocks, last = self.blocks(), self.final_attn_token_to_image
+        if not is_plain(self, of=TwoWayTransformer):
+            return False
+        if not is_plain(*blocks, of=TwoWayAttentionBlock):
+            return False
+        looks = [block.cross_attn_token_to_image for block in blocks]
+        looks += [block.cross_attn_image_to_token for block in blocks]
+        dropouts = [block.dropout for block in blocks]
+        # Dropout of image tokens leaves them in no sum of few rows.
+        return (
+            is_plain(*looks, last, of=Attention)
+            and all(is_plain(x.q_proj, x.k_proj, x.v_proj, x.out_proj) for x in (*looks, last))
+            and is_plain(*(block.norm4 for block in blocks), of=nn.LayerNorm)
+            and is_plain(*dropouts, of=nn.Dropout)
+            and not any(dropout.training and dropout.p for dropout in dropouts)
+        )
 
     def forward(
         self, image_embedding: Tensor, image_pe: Tensor, point_embedding: Tensor

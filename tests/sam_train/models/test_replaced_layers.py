@@ -38,7 +38,7 @@ class Wrapped(nn.Module):
 
 class Subclass(nn.Linear):
     def forward(self, x):
-        return super().forward(x) + x.sum(dim=-1, keepdim=True)
+        return super().forward(x).abs()
 
 
 def subclassed(layer):
@@ -47,16 +47,16 @@ def subclassed(layer):
 
 
 def hooked(layer):
-    layer.register_forward_hook(lambda module, inputs, output: 1.5 * output + 0.3)
+    layer.register_forward_hook(lambda module, inputs, output: output.abs())
     return layer
 
 
-def doubling(layer):
-    """The same layer, its answer doubled by an overridden forward."""
+def overridden(layer):
+    """The same layer, with another forward of its class."""
+    kind = type(layer)
     layer.__class__ = type(
-        "Doubling", (type(layer),), {"forward": lambda self, x: 2 * layer_forward(self, x)}
+        "Other", (kind,), {"forward": lambda self, x: kind.forward(self, x).abs()}
     )
-    layer_forward = layer.__class__.__mro__[1].forward
     return layer
 
 
@@ -173,7 +173,7 @@ def test_a_wrapped_block_is_still_a_block(randomise, relative_error, inputs, cou
     assert relative_error(answers(decoder, inputs, count), before) < 1e-9
 
 
-@pytest.mark.parametrize("change", [hooked, doubling], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [hooked, overridden], ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     "place",
     [
@@ -242,7 +242,7 @@ def test_plain_layers_are_still_shared(randomise, inputs, monkeypatch):
     assert built
 
 
-@pytest.mark.parametrize("change", [hooked, doubling], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("change", [hooked, overridden], ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     "place", ["mask_downscaling", *(f"mask_downscaling.{i}" for i in range(7))]
 )
@@ -320,7 +320,7 @@ def hooked_inside(mlp):
 @torch.no_grad()
 @pytest.mark.parametrize(
     "change",
-    [with_adapter, with_relu, with_tanh_gelu, hooked, hooked_inside, doubling],
+    [with_adapter, with_relu, with_tanh_gelu, hooked, hooked_inside, overridden],
     ids=lambda change: change.__name__,
 )
 def test_an_encoders_mlp_is_the_same_in_training_and_after(randomise, relative_error, change):
@@ -334,7 +334,9 @@ def test_an_encoders_mlp_is_the_same_in_training_and_after(randomise, relative_e
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", [hooked, doubling, Wrapper], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "change", [hooked, overridden, Wrapper], ids=lambda change: change.__name__
+)
 def test_an_encoders_attention_is_called_when_it_is_not_timms(randomise, relative_error, change):
     encoder, images = encoder_of(randomise), torch.randn(1, 3, 64, 64)
     before = encoder(images)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from sam_train.structures import BOX_BOTTOM_RIGHT, PADDING
 
@@ -149,6 +150,53 @@ def checked_mask(mask: Any, side: int) -> np.ndarray:
             f"shape {logits.shape}"
         )
     return logits
+
+
+def check_together(
+    point_coords: Tensor | None,
+    point_labels: Tensor | None,
+    boxes: Tensor | None,
+    mask_input: Tensor | None,
+    side: int,
+) -> None:
+    """Raises an InputError if these are not P prompts, as `SamPredictor.predict_torch` takes them.
+
+    Args:
+        point_coords, point_labels, boxes, mask_input: see there.
+        side: of a mask.
+    """
+    counts = {}
+    if point_coords is not None:
+        if point_labels is None:
+            raise InputError("point_labels must be supplied if point_coords is supplied.")
+        shape = tuple(point_coords.shape)
+        if len(shape) != 3 or shape[2] != 2 or point_labels.shape != shape[:2]:
+            raise InputError(
+                "expected point_coords (P, N, 2) and as many point_labels (P, N), got shapes "
+                f"{shape} and {tuple(point_labels.shape)}"
+            )
+        if not ((point_labels >= PADDING) & (point_labels <= BOX_BOTTOM_RIGHT)).all():
+            raise InputError(
+                "point_labels are 1 for the object and 0 for what is not, got "
+                f"{sorted(set(point_labels.flatten().tolist()))}"
+            )
+        counts["point_coords"] = shape[0]
+    if boxes is not None:
+        if boxes.shape[-1:] != (4,):
+            raise InputError(f"expected boxes (P, 4), xyxy, got shape {tuple(boxes.shape)}")
+        counts["boxes"] = boxes.numel() // 4
+    if mask_input is not None:
+        shape = tuple(mask_input.shape)
+        if len(shape) != 4 or shape[1:] != (1, side, side):
+            raise InputError(
+                f"expected mask_input (P, 1, {side}, {side}), the low-resolution logits of earlier "
+                f"answers, got shape {shape}"
+            )
+        if shape[0] != 1 or not counts:
+            counts["mask_input"] = shape[0]
+    if len(set(counts.values())) > 1:
+        given = ", ".join(f"{count} of {name}" for name, count in counts.items())
+        raise InputError(f"expected as many prompts of each kind, got {given}")
 
 
 class Asked(NamedTuple):

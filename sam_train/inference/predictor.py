@@ -14,6 +14,7 @@ from sam_train.inference import embedding_file
 from sam_train.inference.inputs import (
     InputError,
     check_image_format,
+    check_together,
     checked_box,
     checked_mask,
     checked_points,
@@ -166,11 +167,12 @@ class SamPredictor:
 
         Raises:
             RuntimeError: no image is set.
-            InputError: points come without labels.
+            InputError: points come without labels, a prompt has another shape or value, or there are not
+                as many of one kind as of another.
         """
         self._check_is_set()
-        if point_coords is not None and point_labels is None:
-            raise InputError("point_labels must be supplied if point_coords is supplied.")
+        side = self.model.low_res_size
+        check_together(point_coords, point_labels, boxes, mask_input, side)
         points = (
             None if point_coords is None or point_labels is None else (point_coords, point_labels)
         )

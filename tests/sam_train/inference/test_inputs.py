@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sam_train.data.shards import decode_image
-from sam_train.inference.inputs import InputError, read_pixels
+from sam_train.inference.inputs import InputError, check_together, read_pixels
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
 RGB = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
@@ -102,3 +102,32 @@ def test_models_of_other_channels_take_their_own_number() -> None:
     assert read_pixels(np.zeros((3, 4, 5), np.uint8), in_chans=5).shape == (3, 4, 5)
     with pytest.raises(InputError, match="an image of 1 channels"):
         read_pixels(RGB, in_chans=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"point_coords": (1, 2, 2), "boxes": (3, 4)}, "1 of point_coords, 3 of boxes"),
+        ({"point_coords": (3, 2, 2), "mask_input": (2, 1, 16, 16)}, "2 of mask_input"),
+        ({"boxes": (2, 4), "mask_input": (1, 1, 32, 32)}, r"\(P, 1, 16, 16\)"),
+        ({"point_coords": (2, 2)}, r"\(P, N, 2\)"),
+        ({"boxes": (2, 2)}, r"\(P, 4\)"),
+    ],
+)
+def test_prompts_that_do_not_go_together_are_refused(
+    given: dict[str, tuple[int, ...]], message: str
+) -> None:
+    tensors: dict[str, Any] = {name: torch.zeros(shape) for name, shape in given.items()}
+    labels = tensors["point_coords"][..., 0] if "point_coords" in tensors else None
+    tensors = dict.fromkeys(("point_coords", "boxes", "mask_input")) | tensors
+    with pytest.raises(InputError, match=message):
+        check_together(point_labels=labels, side=16, **tensors)
+
+
+def test_labels_that_there_are_not_are_named() -> None:
+    with pytest.raises(InputError, match=r"got \[1, 5\]"):
+        check_together(torch.zeros(1, 2, 2), torch.tensor([[5, 1]]), None, None, 16)
+
+
+def test_one_mask_is_for_all_prompts() -> None:
+    check_together(None, None, torch.zeros(3, 4), torch.zeros(1, 1, 16, 16), 16)

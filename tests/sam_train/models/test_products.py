@@ -105,3 +105,33 @@ def test_a_linear_layer_and_its_gelu_in_one_are_torchs(monkeypatch, relative_err
     monkeypatch.setattr(torch.nn.functional, "gelu", None)
     with torch.no_grad():
         assert relative_error(linear_gelu(x, weight, bias), expected) < 1e-6
+
+
+@needs_onednn
+@pytest.mark.parametrize("function", [linear, lambda x, w: bmm(x, w.mT[None].expand(3, -1, -1))])
+def test_gradients_of_gradients_are_torchs(function, relative_error):
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 128, 160), torch.randn(160, 160)
+
+    def penalty(multiply):
+        inputs = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = multiply(*inputs)
+        (first,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+        return torch.autograd.grad(first.square().sum(), inputs)
+
+    for got, expected in zip(penalty(function), penalty(nn.functional.linear), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@needs_onednn
+def test_function_transforms_work(relative_error):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 96, 160), torch.randn(160, 160)
+
+    def loss(multiply):
+        return lambda w: multiply(x, w).square().sum()
+
+    got = torch.func.grad(loss(linear))(weight)
+    assert relative_error(got, torch.func.grad(loss(nn.functional.linear))(weight)) < 1e-5
+    rows = torch.func.vmap(linear, in_dims=(0, None))(x, weight)
+    assert relative_error(rows, nn.functional.linear(x, weight)) < 1e-5

@@ -98,3 +98,19 @@ def test_positions_stay_exact_under_half_precision(encoders):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             under_autocast = ours.pe_layer.forward_with_coords(prompts.point_coords, (128, 128))
     assert torch.equal(under_autocast, exact)
+
+
+@pytest.mark.parametrize("label", [-2, 4])
+def test_a_label_that_there_is_not_is_named(encoders, label):
+    _, ours = encoders
+    with pytest.raises(ValueError, match=f"from -1 to 3 .* got {label}"):
+        ours.embed(Prompts(torch.zeros(1, 2, 2), torch.tensor([[1, label]])))
+
+
+def test_a_model_in_half_precision_takes_float32_masks(encoders):
+    _, ours = encoders
+    ours.half()
+    masks = torch.randn(2, 1, 32, 32)
+    prompts = Prompts(torch.zeros(2, 1, 2), torch.ones(2, 1).long(), masks)
+    sparse, dense = ours.embed(prompts)
+    assert (sparse.dtype, dense.dtype) == (torch.float16, torch.float16)

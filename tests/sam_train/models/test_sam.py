@@ -181,3 +181,24 @@ def test_pixel_statistics_must_fit_the_channels(official_file):
     config["image_encoder"]["in_chans"] = 1
     with pytest.raises(ValueError, match="pixel_mean has a value for each .* 1 channels, got 3"):
         build_model(config)
+
+
+@pytest.mark.parametrize("multimask_output", [True, False])
+def test_no_prompts_have_no_answers(models, multimask_output):
+    _, ours = models
+    entry = {"image": images((96, 128))[0], "original_size": (50, 60), "boxes": torch.zeros(0, 4)}
+    (answer,) = ours([entry], multimask_output=multimask_output)
+    count = 3 if multimask_output else 1
+    assert answer["masks"].shape == (0, count, 50, 60)
+    assert answer["iou_predictions"].shape == (0, count)
+    assert answer["low_res_logits"].shape == (0, count, 32, 32)
+
+
+def test_no_mask_prompts_are_no_masks(models):
+    _, ours = models
+    masks = torch.zeros(0, 1, 32, 32)
+    prompts = Prompts(torch.zeros(0, 1, 2), torch.zeros(0, 1).long(), masks)
+    features = ImageFeatures(torch.zeros(2, 32, 8, 8))
+    index = torch.zeros(0, dtype=torch.long)
+    answer = ours.decode(features, prompts, image_index=index, multimask_output=True)
+    assert answer.low_res_masks.shape == (0, 3, 32, 32)

@@ -149,3 +149,89 @@ def test_what_cannot_be_shared_is_answered_one_by_one(randomise, count_shared, w
     if why == "dropout":
         decoder.eval()(embeddings, pe, sparse, dense, True)
         assert count_shared, "in eval mode nothing is dropped"
+
+
+def test_one_dense_embedding_stands_for_all_prompts(randomise, relative_error, count_shared):
+    decoder, encoder = build(randomise)
+    embeddings = torch.randn(1, WIDTH, GRID, GRID, dtype=torch.float64)
+    code = encoder.get_dense_pe()
+    for count in (2, 6):
+        sparse, dense = encoder.embed(made_up_prompts(count, False))
+        one, _ = decoder(embeddings, code, sparse, dense[:1].clone(), True)
+        each, _ = decoder(embeddings, code, sparse, dense.clone(), True)
+        assert relative_error(one, each) < 1e-9
+    assert count_shared
+    with pytest.raises(ValueError, match=r"dense_prompt_embeddings .* 6, .* got 2"):
+        decoder(embeddings, code, sparse, dense[:2], True)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize(
+    ("index", "message"), [([0, 1, 0], "got shape"), ([2], "got 2"), ([-1], "got -1")]
+)
+def test_an_index_of_other_prompts_or_images_is_refused(randomise, count, index, message):
+    decoder, encoder = build(randomise)
+    prompts = made_up_prompts(count, False)
+    index = torch.tensor(index if len(index) > 1 else index * count)
+    embeddings = torch.randn(2, WIDTH, GRID, GRID, dtype=torch.float64)
+    with pytest.raises(ValueError, match=f"image_index .* {message}"):
+        ask(decoder, encoder, embeddings, prompts, index)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 1])
+def test_values_whose_bias_cancels_the_image_cost_no_digits(
+    randomise, relative_error, count_shared, layer
+):
+    decoder, encoder = build(randomise)
+    looked = decoder.transformer.layers[layer].cross_attn_image_to_token
+    looked.v_proj.bias.copy_(3e3 * torch.randn(WIDTH // 2))
+    away = looked.out_proj.weight @ looked.v_proj.bias
+    embeddings = torch.randn(1, WIDTH, GRID, GRID, dtype=torch.float64)
+    if layer == 0:
+        embeddings = embeddings - away[None, :, None, None]
+    else:
+        decoder.transformer.layers[0].norm4.bias.sub_(away)
+    prompts = made_up_prompts(8, False)
+    exact = ask(decoder, encoder, embeddings, prompts, None)[0]
+    decoder, encoder = decoder.float(), encoder.float()
+    prompts = prompts._replace(point_coords=prompts.point_coords.float())
+    got = ask(decoder, encoder, embeddings.float(), prompts, None)[0]
+    assert len(count_shared) == 2
+    assert relative_error(got.double(), exact) < 1e-3
+
+
+@pytest.fixture
+def matmul_precision():
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_images_are_not_shared_in_less_than_float32(
+    randomise, count_shared, matmul_precision, precision
+):
+    decoder, encoder = (part.float() for part in build(randomise))
+    prompts = made_up_prompts(8, False)
+    prompts = prompts._replace(point_coords=prompts.point_coords.float())
+    matmul_precision(precision)
+    ask(decoder, encoder, torch.randn(1, WIDTH, GRID, GRID), prompts, None)
+    assert bool(count_shared) == (precision == "highest")
+
+
+@torch.no_grad()
+def test_a_compiler_sees_one_graph(randomise, relative_error):
+    decoder, encoder = build(randomise)
+    sparse, dense = encoder.embed(made_up_prompts(8, False))
+    inputs = (
+        torch.randn(1, WIDTH, GRID, GRID).double(),
+        encoder.get_dense_pe(),
+        sparse,
+        dense,
+        True,
+    )
+    index = torch.zeros(8, dtype=torch.long)
+    compiled = torch.compile(decoder, backend="eager", fullgraph=True)
+    assert relative_error(compiled(*inputs, index)[0], decoder(*inputs, index)[0]) < 1e-9

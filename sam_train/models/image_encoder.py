@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers.mlp import Mlp
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer_sam import (
     Attention,
@@ -90,11 +90,12 @@ class _Block(Block):
     def _mlp(self, x: Tensor) -> Tensor:
         if self.training or not self._has_plain_mlp():
             return self.mlp(x)
-        first = self.mlp.fc1
-        return self.mlp.fc2(linear_gelu(x, first.weight, first.bias))
+        mlp: Any = self.mlp
+        first = mlp.fc1
+        return mlp.fc2(linear_gelu(x, first.weight, first.bias))
 
     def _has_plain_mlp(self) -> bool:
-        mlp = self.mlp
+        mlp: Any = self.mlp
         return (
             is_plain(mlp, of=Mlp)
             and is_plain(mlp.fc1)

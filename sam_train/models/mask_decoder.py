@@ -435,11 +435,12 @@ def _is_precise(x: Tensor) -> bool:
 
 
 def _multiplies_exactly(device_type: str) -> bool:
-    matmul = torch.backends.cuda.matmul if device_type == "cuda" else torch.backends.mkldnn.matmul
+    backends: Any = torch.backends
+    matmul = backends.cuda.matmul if device_type == "cuda" else backends.mkldnn.matmul
     # "none" leaves it to the settings above it.
     return all(
         getattr(setting, "fp32_precision", "none") in ("none", "ieee")
-        for setting in (matmul, torch.backends)
+        for setting in (matmul, backends)
     )
 
 

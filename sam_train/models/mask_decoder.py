@@ -332,7 +332,7 @@ class MaskDecoder(nn.Module):
         # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the
         # masks, which are far smaller, are put in order. Features first: so their gradient lies as they do.
         p, h, w = upscaled.shape[:3]
-        masks = (x.flatten(1, 4) @ filters.mT).mT
+        masks = (x.flatten(1, 4) @ filters.transpose(1, 2)).transpose(1, 2)
         masks = masks.reshape(p, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.reshape(p, -1, 4 * h, 4 * w)
 

@@ -63,7 +63,8 @@ class EntryAnnotations(Sequence[Annotation]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, tuple | EntryAnnotations) and tuple(self) == tuple(other)
 
-    __hash__ = None  # type: ignore[assignment]  as annotations have none
+    def __hash__(self) -> int:
+        raise TypeError("annotations hold dicts, which have no hash")
 
 
 def measures(annotations: Sequence[Annotation]) -> Measures:

@@ -97,6 +97,19 @@ def test_a_damaged_sample_says_what_is_wrong(make, change, message):
         decode_record("a", files)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [b"NaN", b"-Infinity", b"1e400", b'"\\ud800"', b"123456789012345678901234567890", b"0.1"],
+)
+def test_json_is_taken_as_pythons_own_parser_takes_it(make, extra):
+    files = encode_record(make.square("a"))
+    files["json"] = files["json"].replace(b'"id":', b'"note":' + extra + b',"id":')
+
+    read = decode_record("a", files).annotations[0].extra["note"]
+
+    assert repr(read) == repr(json.loads(extra))
+
+
 def test_pixels_of_another_size_than_stated_are_refused(make):
     files = encode_record(make.square("a")) | {
         "jpg": encode_record(make.square("a", (20, 20)))["jpg"]

@@ -21,6 +21,7 @@ from sam_train.structures import Annotation, ImageRecord
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 MOST_PIXELS = 2**31
+STRIP_PX = 2**24
 
 
 class ParsedSample(NamedTuple):
@@ -98,7 +99,17 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: says what is wrong with the image; one of another size is not decoded at all.
     """
-    return np.asarray(decode_reduced(data, size, 1)[0])
+    image = decode_reduced(data, size, 1)[0]
+    if image.width * image.height <= STRIP_PX:
+        return np.asarray(image)
+    # Strip by strip: Pillow would hand a large one out by way of two more copies of it.
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_PX // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    pixels.setflags(write=False)
+    return pixels
 
 
 def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[Image.Image, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sam_train.data.file_lists import files_below
-from sam_train.data.image_files import SUFFIXES, header_size, read_image
+from sam_train.data.image_files import SUFFIXES, TooLargeError, read_large_image
 from sam_train.data.shards import json_content
 from sam_train.data.source import DamagedSampleError, DamageTally
 from sam_train.inference.inputs import InputError
@@ -77,12 +78,14 @@ class SegmentFiles:
         out: gets `masks/NAME.json` and `overlays/NAME.jpg`, in the folders the images are in.
         max_bad_fraction: of images that may be broken; each is named.
         overlay_px: longest side of the pictures; 0 makes none.
+        max_pixels: of an image; one of more ends the run with its name.
     """
 
     images: str
     out: Path
     max_bad_fraction: float = 0.05
     overlay_px: int = 1600
+    max_pixels: int = 1_000_000_000
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1 or self.overlay_px < 0:
@@ -90,6 +93,8 @@ class SegmentFiles:
                 "expected max_bad_fraction in [0, 1] and overlay_px of 0 or more, got "
                 f"{self.max_bad_fraction} and {self.overlay_px}"
             )
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels is 1 or more, got {self.max_pixels}")
 
     def run(self, segmenter: Segmenter, made_with: Mapping[str, Any]) -> Segmented:
         """Segments what is not finished.
@@ -103,6 +108,7 @@ class SegmentFiles:
             FileNotFoundError: there are no images.
             UnusableSourceError: too many are broken.
             InputError: a prompt does not fit an image.
+            TooLargeError: an image has more than `max_pixels`.
             ValueError: the place of a result is taken.
         """
         names = self.find()
@@ -116,7 +122,7 @@ class SegmentFiles:
                     num_before += 1
                     continue
                 try:
-                    image = _read(path, tally)
+                    image = _read(path, self.max_pixels, tally)
                 except DamagedSampleError:  # counted and logged already
                     continue
                 found = _segment(segmenter, image, path)
@@ -193,7 +199,10 @@ class SegmentFiles:
         sample = ImageRecord(key, size, tuple(annotations), lambda: image)
         content = json_content(sample, image_id=zlib.crc32(os.fsencode(key)), file_name=path.name)
         text = json.dumps({**content, MADE_WITH: record}, separators=(",", ":"))
-        write_atomically(self._place(key), text)
+        place = self._place(key)
+        for unfinished in place.parent.glob(f".{glob.escape(place.name)}.*"):
+            unfinished.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        write_atomically(place, text)
 
 
 def _num_bytes(path: Path) -> int | None:
@@ -203,9 +212,11 @@ def _num_bytes(path: Path) -> int | None:
         return None  # reading it will say why
 
 
-def _read(path: Path, tally: DamageTally) -> np.ndarray:
+def _read(path: Path, max_pixels: int, tally: DamageTally) -> np.ndarray:
     try:
-        return read_image(path, header_size(path))
+        return read_large_image(path, max_pixels)
+    except TooLargeError:  # which is for the user to decide, and no damage
+        raise
     except (ValueError, OSError) as error:
         raise tally.damaged(str(path), error) from None
 

@@ -1,9 +1,12 @@
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sam_train.data import shards
 from sam_train.data.shards import decode_record, decode_reduced, encode_record
 from sam_train.structures import Annotation
 
@@ -164,3 +167,12 @@ def test_a_reduced_picture_is_of_the_scale_it_is_said_to_be_of_even_where_a_side
     record = decode_record("a", encode_record(record))
     picture, taken = record.reduced_image(shrink)
     assert (picture.height, picture.width) == (-(-size[0] // taken), -(-size[1] // taken))
+
+
+def test_a_large_image_is_handed_out_in_strips_and_is_the_same(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 21, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    monkeypatch.setattr(shards, "STRIP_PX", 100)
+
+    np.testing.assert_array_equal(shards.decode_image(data.getvalue(), (37, 21)), pixels)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.plain import is_plain, is_plain_gelu
 from sam_train.models.products import Linear, linear
 
 
@@ -93,10 +94,22 @@ class Downscaling(nn.Sequential):
 
     def forward(self, maps: Tensor) -> Tensor:
         """(P, h, w, in_chans) maps to (P, C, h / 4, w / 4)."""
+        if not self.is_plain():
+            return super().forward(maps.permute(0, 3, 1, 2))
         return self.cells(maps).embeddings()
 
+    def is_plain(self) -> bool:
+        """Whether `cells` may read the weights, as none of the layers does more than they say."""
+        layers = list(self)
+        return (
+            is_plain((self,), Downscaling)
+            and is_plain(layers[::3], nn.Conv2d)
+            and is_plain(layers[1::3], LayerNorm2d)
+            and all(is_plain_gelu(layer) for layer in layers[2::3])
+        )
+
     def cells(self, maps: Tensor) -> DenseCells:
-        """The same, its last layer left to do."""
+        """The same, its last layer left to do; where `is_plain`."""
         layers: list[Any] = list(self)
         conv1, norm1, act1, conv2, norm2, act2, conv3 = layers
         x = act1(norm1.over_last(stride_two_conv(conv1, maps)))

@@ -14,8 +14,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers.mlp import Mlp
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer_sam import (
+    Attention,
     Block,
     VisionTransformerSAM,
     window_partition,
@@ -24,7 +26,8 @@ from timm.models.vision_transformer_sam import (
 from torch import Tensor, nn
 
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
-from sam_train.models.products import Linear, linear_gelu, use_fast_linears
+from sam_train.models.plain import is_plain, is_plain_gelu
+from sam_train.models.products import LINEAR, linear_gelu, use_fast_linears
 from sam_train.models.rel_pos_attention import rel_pos_attention
 
 
@@ -38,13 +41,15 @@ class _Block(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         size, side = (x.shape[1], x.shape[2]), self.window_size
-        attention = self.attn
+        attention: Any = self.attn
+        if not is_plain((attention,), Attention):
+            return super().forward(x)
         qkv, padded = attention.qkv(self.norm1(x)), size
         window = size if side == 0 else (side, side)
         if side:
             padded = (-(-size[0] // side) * side, -(-size[1] // side) * side)
             if padded != size:
-                padding = attention.qkv(x.new_zeros(x.shape[-1]))
+                padding = attention.qkv(x.new_zeros(1, 1, 1, x.shape[-1]))
                 whole = padding.expand(len(x), *padded, -1).clone()
                 whole[:, : size[0], : size[1]] = qkv
                 qkv = whole
@@ -61,11 +66,15 @@ class _Block(Block):
         return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        first = self.mlp.fc1
-        # A layer that was put in its place, as adapters are, computes more than its weight says.
-        if self.training or type(first) is not Linear:
-            return self.mlp(x)
-        return self.mlp.fc2(linear_gelu(x, first.weight, first.bias))
+        mlp: Any = self.mlp
+        if self.training or not (
+            is_plain((mlp,), Mlp)
+            and is_plain((mlp.fc1,), *LINEAR)
+            and is_plain_gelu(mlp.act)
+            and is_plain((mlp.norm,), nn.Identity)
+        ):
+            return mlp(x)
+        return mlp.fc2(linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias))
 
 
 class SamVitEncoder(nn.Module):

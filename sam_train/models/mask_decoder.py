@@ -18,6 +18,7 @@ from sam_train.models.common import (
     stride_two_deconv,
 )
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
+from sam_train.models.plain import is_plain, is_plain_gelu
 from sam_train.models.products import Linear, linear_gelu
 from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
@@ -148,6 +149,23 @@ class MaskDecoder(nn.Module):
             )
         wanted = slice(1, None) if multimask_output else slice(0, 1)
         sparse, dense = sparse_prompt_embeddings, dense_prompt_embeddings
+        num_prompts = len(sparse)
+        if image_index is not None and image_index.shape != (num_prompts,):
+            raise ValueError(
+                f"image_index says the image of each of the {num_prompts} prompts, got the shape "
+                f"{tuple(image_index.shape)}"
+            )
+        if isinstance(dense, Tensor) and len(dense) != num_prompts:
+            if len(dense) != 1:
+                raise ValueError(
+                    f"dense_prompt_embeddings are of one or of all {num_prompts} prompts, got {len(dense)}"
+                )
+            dense = dense.expand(num_prompts, -1, -1, -1)
+        if num_prompts == 0:
+            num_masks = len(range(self.num_mask_tokens)[wanted])
+            h, w = image_embeddings.shape[-2:]
+            none = sparse.new_zeros(0, num_masks)
+            return none[..., None, None].expand(-1, -1, 4 * h, 4 * w), none
         if self._shares_images(image_embeddings, sparse, dense):
             tokens = self._tokens(sparse)
             return self._decode_shared(
@@ -175,10 +193,13 @@ class MaskDecoder(nn.Module):
         src = image_embeddings + dense
         tokens, image_tokens = self.transformer(src, image_pe, self._tokens(sparse))
         image_tokens = image_tokens.unflatten(1, src.shape[-2:])
-        upscaled = stride_two_deconv(self._first_upscaling, image_tokens)
-        if high_res is not None:
-            upscaled = upscaled + high_res
-        masks = self._masks(tokens, upscaled, wanted)
+        if self._upscales_plainly():
+            upscaled = stride_two_deconv(self._first_upscaling, image_tokens)
+            if high_res is not None:
+                upscaled = upscaled + high_res
+            masks = self._masks(tokens, upscaled, wanted)
+        else:
+            masks = self._masks_by_modules(tokens, image_tokens, wanted, high_res)
         ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
         if start_masks is None or start_ious is None:
             return masks, ious
@@ -268,6 +289,10 @@ class MaskDecoder(nn.Module):
         least = max(MIN_SHARING, MIN_SHARED_TOKENS / images[0, 0].numel())
         if self.first_guess is not None or len(sparse) < least * len(images):
             return False
+        if torch.compiler.is_compiling() or not self._upscales_plainly():
+            return False
+        if type(self.transformer) is not TwoWayTransformer:
+            return False
         if isinstance(dense, Tensor) and dense.stride(0) != 0:
             return False
         num_cells = 0 if isinstance(dense, Tensor) else dense.weight.shape[1]
@@ -318,13 +343,7 @@ class MaskDecoder(nn.Module):
 
         The latter are those of the first upscaling, before its norm.
         """
-        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
-        mlps = list(zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True))
-        # In training every parameter takes part in every backward pass: ranks wait for each other's.
-        asked = slice(None) if torch.is_grad_enabled() else wanted
-        filters = torch.stack([mlp(token) for mlp, token in mlps[asked]], dim=1)
-        if torch.is_grad_enabled():
-            filters = filters[:, wanted]
+        filters = self._filters(tokens, wanted)
         layers: list[Any] = list(self.output_upscaling)
         _, norm, act1, upscale2, _ = layers
         x = act1(norm.over_last(upscaled))
@@ -336,10 +355,46 @@ class MaskDecoder(nn.Module):
         masks = masks.reshape(p, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
         return masks.reshape(p, -1, 4 * h, 4 * w)
 
+    def _masks_by_modules(
+        self, tokens: Tensor, image_tokens: Tensor, wanted: slice, high_res: Tensor | None
+    ) -> Tensor:
+        """As `_masks`, of (P, h, w, C) image tokens, by calling the layers of the upscaling."""
+        x = image_tokens.permute(0, 3, 1, 2)
+        if high_res is None:
+            x = self.output_upscaling(x)
+        else:
+            first, *others = self.output_upscaling
+            fine = high_res.permute(0, 4, 3, 1, 2).flatten(1, 2)
+            x = first(x) + F.pixel_shuffle(fine, 2)
+            for layer in others:
+                x = layer(x)
+        return (self._filters(tokens, wanted) @ x.flatten(2)).unflatten(2, x.shape[-2:])
+
+    def _upscales_plainly(self) -> bool:
+        """Whether the upscaling's weights say all that it does."""
+        layers = list(self.output_upscaling)
+        return (
+            is_plain((self.output_upscaling,), nn.Sequential)
+            and is_plain(layers[::3], nn.ConvTranspose2d)
+            and is_plain(layers[1:2], LayerNorm2d)
+            and all(is_plain_gelu(layer) for layer in layers[2::2])
+        )
+
+    def _filters(self, tokens: Tensor, wanted: slice) -> Tensor:
+        """(P, M, C / 8), what the wanted masks are of the upscaled features."""
+        mask_tokens = tokens[:, 1 : 1 + self.num_mask_tokens]
+        mlps = list(zip(self.output_hypernetworks_mlps, mask_tokens.unbind(1), strict=True))
+        # In training every parameter takes part in every backward pass: ranks wait for each other's.
+        asked = slice(None) if torch.is_grad_enabled() else wanted
+        filters = torch.stack([mlp(token) for mlp, token in mlps[asked]], dim=1)
+        return filters[:, wanted] if torch.is_grad_enabled() else filters
+
 
 def _is_precise(x: Tensor) -> bool:
-    """Whether a variance may be made of sums of products: not in half precision."""
+    """Whether a variance may be made of sums of products: not in half precision, nor of TF32's products."""
     is_half = torch.is_autocast_enabled(x.device.type)
+    if x.device.type == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return False
     return x.dtype in (torch.float32, torch.float64) and not is_half
 
 

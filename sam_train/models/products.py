@@ -31,6 +31,10 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+LINEAR = (Linear, nn.Linear)
+"""The linear layers whose weights say all that they do."""
+
+
 def use_fast_linears(module: nn.Module) -> None:
     """Turns the linear layers of a model that was built elsewhere into `Linear`s; weights stay."""
     for layer in module.modules():
@@ -90,15 +94,15 @@ def _packed(x: Tensor) -> Tensor:
 def takes_products(x: Tensor) -> bool:
     """Whether `product` is for such tensors, here and now."""
     return (
-        _ONEDNN is not None
+        # A compiler has its own choice of kernels, and an exported graph no oneDNN.
+        not torch.compiler.is_compiling()
+        and _ONEDNN is not None
         and type(x)
         in (Tensor, nn.Parameter)  # fake tensors and other subclasses have their own ways
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and not torch.is_autocast_enabled("cpu")
-        # A compiler has its own choice of kernels, and an exported graph no oneDNN.
-        and not torch.compiler.is_compiling()
         and not torch._C._is_tracing()
     )
 

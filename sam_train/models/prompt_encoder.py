@@ -120,7 +120,10 @@ class PromptEncoder(nn.Module):
         """
         coords, labels, masks = prompts
         sparse = self.embed_points(coords, labels)
-        if masks is not None and self.drawing is None and not self.feeds_guess:
+        if masks is not None:
+            masks = masks.to(self.no_mask_embed.weight.dtype)
+        reads_all = self.drawing is None and not self.feeds_guess
+        if masks is not None and reads_all and self.mask_downscaling.is_plain():
             return sparse, self.mask_downscaling.cells(masks.permute(0, 2, 3, 1))
         dense = self.embed_masks(masks, len(coords))
         if self.drawing is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.products import Linear, bmm
+from sam_train.models.plain import is_plain
+from sam_train.models.products import LINEAR, Linear, bmm
 
 
 class Attention(nn.Module):
@@ -51,7 +54,11 @@ class Attention(nn.Module):
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def _folds(self, tokens: Tensor) -> bool:
-        return tokens.shape[1] * self.num_heads <= self.internal_dim
+        return tokens.shape[1] * self.num_heads <= self.internal_dim and self.is_plain()
+
+    def is_plain(self) -> bool:
+        """Whether the projections' weights say all that they do."""
+        return is_plain((self.q_proj, self.k_proj, self.v_proj, self.out_proj), *LINEAR)
 
     def split(self, x: Tensor) -> Tensor:
         """(..., heads * d) to (..., heads, d)."""
@@ -222,7 +229,24 @@ class TwoWayTransformer(nn.Module):
 
     def blocks(self) -> list[TwoWayAttentionBlock]:
         """`layers`, with their type."""
-        return [layer for layer in self.layers if isinstance(layer, TwoWayAttentionBlock)]
+        return cast(list[TwoWayAttentionBlock], list(self.layers))
+
+    def _is_plain(self) -> bool:
+        """Whether `SharedImage`, which reads the weights of what looks at the image, leaves nothing out."""
+        if not is_plain((self,), TwoWayTransformer):
+            return False
+        blocks = self.blocks()
+        if not is_plain(blocks, TwoWayAttentionBlock):
+            return False
+        looks = [self.final_attn_token_to_image]
+        for block in blocks:
+            looks += [block.cross_attn_token_to_image, block.cross_attn_image_to_token]
+        norms = [block.norm4 for block in blocks]
+        return (
+            is_plain(looks, Attention)
+            and all(attention.is_plain() for attention in looks)
+            and is_plain(norms, nn.LayerNorm)
+        )
 
     def keeps_rows(self, num_tokens: int, num_own_rows: int) -> bool:
         """Whether `SharedImage` is this transformer's equal and, by its rows, the cheaper form.
@@ -231,6 +255,8 @@ class TwoWayTransformer(nn.Module):
             num_tokens: T.
             num_own_rows: rows of a prompt before the first layer.
         """
+        if not self._is_plain():
+            return False
         if self.training and any(layer.dropout.p for layer in self.blocks()):
             return False  # dropout of image tokens leaves them in no sum of few rows
         rows = num_own_rows + len(self.layers) * (self.num_heads * num_tokens + 1)

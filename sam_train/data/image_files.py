@@ -39,7 +39,7 @@ def read_large_image(path: Path, max_pixels: int) -> np.ndarray:
         if height * width > max_pixels:
             raise TooLargeError(
                 f"{path} is {width} x {height} = {width * height:,} pixels large, more than "
-                f"max_pixels={max_pixels}: say max_pixels={width * height} to take it, at 7 bytes of "
+                f"max_pixels={max_pixels}: say max_pixels={width * height} to take it, at about 8 bytes of "
                 "memory a pixel"
             )
         return read_image(path, (height, width))

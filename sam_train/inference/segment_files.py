@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -117,7 +118,7 @@ class SegmentFiles:
         with tqdm(names.items(), unit=" images", desc="segment", dynamic_ncols=True) as bar:
             for key, path in bar:
                 tally.seen += 1
-                record = json.loads(json.dumps({**made_with, "image_bytes": _num_bytes(path)}))
+                record = json.loads(json.dumps({**made_with, "image": _digest(path)}))
                 if self._is_done(key, record):
                     num_before += 1
                     continue
@@ -165,6 +166,9 @@ class SegmentFiles:
     def _place(self, key: str) -> Path:
         return self.out / "masks" / f"{key}.json"
 
+    def _picture(self, key: str) -> Path:
+        return self.out / "overlays" / f"{key}.jpg"
+
     def _is_done(self, key: str, record: dict[str, Any]) -> bool:
         place = self._place(key)
         if not place.exists():
@@ -181,6 +185,9 @@ class SegmentFiles:
         changed = [n for n in names if n != "checkpoint" and before.get(n) != record.get(n)]
         if changed:
             log.warning("%s was made with another %s: done anew", place, " and ".join(changed))
+        elif self.overlay_px and not self._picture(key).exists():
+            log.warning("%s has no picture in %s: done anew", place, self.out / "overlays")
+            return False
         return not changed
 
     def _write(
@@ -194,7 +201,7 @@ class SegmentFiles:
         """The picture, then the JSON: an image counts as finished once that is there."""
         if self.overlay_px:
             picture = draw_annotations(image, annotations, longest_px=self.overlay_px)
-            save_image(self.out / "overlays" / f"{key}.jpg", picture)
+            save_image(self._picture(key), picture)
         size = (image.shape[0], image.shape[1])
         sample = ImageRecord(key, size, tuple(annotations), lambda: image)
         content = json_content(sample, image_id=zlib.crc32(os.fsencode(key)), file_name=path.name)
@@ -205,9 +212,11 @@ class SegmentFiles:
         write_atomically(place, text)
 
 
-def _num_bytes(path: Path) -> int | None:
+def _digest(path: Path) -> str | None:
+    """Of the file's bytes: an edited image may keep its length."""
     try:
-        return os.stat(path).st_size
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     except OSError:
         return None  # reading it will say why
 

@@ -265,6 +265,27 @@ def test_a_prompt_outside_names_the_image(tmp_path: Path, folder: Path, tiny_sam
         files.run(BoxSegmenter(tiny_sam, [[1, 2, 50, 20]]), MADE_WITH | {"mode": "boxes"})
 
 
+def test_an_image_edited_without_another_length_and_one_without_its_picture_are_done_anew(
+    tmp_path: Path, tiny_sam: Sam
+) -> None:
+    tiny_sam.set_img_size(64)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    image = tmp_path / "images" / "a.bmp"
+    image.parent.mkdir()
+    Image.fromarray(pixels).save(image)
+    points = PointSegmenter(tiny_sam, [[20, 20, 1]])
+
+    def run(overlay_px: int) -> int:
+        files = SegmentFiles(images=str(image.parent), out=tmp_path / "out", overlay_px=overlay_px)
+        return files.run(points, MADE_WITH).num_images
+
+    assert (run(0), run(0)) == (1, 0)
+    Image.fromarray(255 - pixels).save(image)
+    assert (run(0), run(0)) == (1, 0)
+    assert (run(100), run(100)) == (1, 0)
+    assert (tmp_path / "out" / "overlays" / "a.jpg").is_file()
+
+
 def test_the_command_segments_and_says_what_is_wrong(
     tmp_path: Path, folder: Path, tiny_sam_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -147,6 +147,7 @@ def segment(cfg: DictConfig) -> None:
         out=Path(cfg.out),
         max_bad_fraction=cfg.max_bad_fraction,
         overlay_px=cfg.overlay_px,
+        max_pixels=cfg.max_pixels,
     )
     files.find()  # a mistyped path is better known before the model is read
     model = load_model(cfg.checkpoint, device=cli_common.device(cfg.device), img_size=cfg.img_size)

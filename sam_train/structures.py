@@ -6,7 +6,7 @@ square model input. Points are (x, y), boxes are xyxy, sizes are (H, W).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,7 +109,7 @@ class ImageRecord:
 
     key: str
     size: tuple[int, int]
-    annotations: tuple[Annotation, ...]
+    annotations: Sequence[Annotation]
     load: Callable[[], np.ndarray]
     source: str = ""
     damaged: Callable[[object], Exception] = ValueError

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from sam_train.data.shards import decode_annotation, decode_image, parse_sample
+from sam_train.data.annotations import decode_annotation
+from sam_train.data.shards import decode_image, parse_sample
 from sam_train.ops import rle
 from sam_train.structures import Annotation
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +14,46 @@ from sam_train.data.shards import decode_image, decode_reduced, quiet_pillow
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 """What counts as an image in a folder, in lower case."""
+
+
+_PILLOW_LIMIT = threading.Lock()
+
+
+class TooLargeError(ValueError):
+    """An image of more pixels than the user has said to take."""
+
+
+def read_large_image(path: Path, max_pixels: int) -> np.ndarray:
+    """The (H, W, 3) uint8 RGB pixels of a user's own file, also where it is above Pillow's own limit.
+
+    Args:
+        path: the file.
+        max_pixels: the most it may have. One of more is not decoded.
+
+    Raises:
+        TooLargeError: it has more.
+        ValueError: it is no image, or damaged.
+    """
+    with _any_size():
+        height, width = header_size(path)
+        if height * width > max_pixels:
+            raise TooLargeError(
+                f"{path} is {width} x {height} = {width * height:,} pixels large, more than "
+                f"max_pixels={max_pixels}: say max_pixels={width * height} to take it, at about 8 bytes of "
+                "memory a pixel"
+            )
+        return read_image(path, (height, width))
+
+
+@contextmanager
+def _any_size() -> Iterator[None]:
+    """Takes Pillow's limit on pixels away for a moment; it is a global, which others go on relying on."""
+    with _PILLOW_LIMIT:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def read_image(path: Path, size: tuple[int, int]) -> np.ndarray:

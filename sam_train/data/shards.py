@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import struct
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,17 +11,17 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
 from PIL import Image
 
+from sam_train.data.annotations import decode_annotations
 from sam_train.ops import rle
 from sam_train.structures import Annotation, ImageRecord
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
 MOST_PIXELS = 2**31
-FIELDS = frozenset(
-    "id segmentation bbox area predicted_iou stability_score point_coords crop_box".split()
-)
+STRIP_PX = 2**24
 
 
 class ParsedSample(NamedTuple):
@@ -50,7 +49,7 @@ def parse_sample(files: Mapping[str, bytes]) -> ParsedSample:
         missing = ".json" if suffix else "image (.jpg or .png)"
         raise ValueError(f"it has no {missing}, only {sorted(files)}")
     try:
-        content = json.loads(files["json"])
+        content = _parse(files["json"])
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its JSON does not parse: {error}") from None
     size = _size(content)
@@ -58,6 +57,14 @@ def parse_sample(files: Mapping[str, bytes]) -> ParsedSample:
     if not isinstance(annotations, list):
         raise ValueError("its JSON has no list `annotations`")
     return ParsedSample(suffix, size, annotations)
+
+
+def _parse(data: bytes) -> Any:
+    """JSON by the quicker parser, or where that refuses it by Python's, which takes NaN and more."""
+    try:
+        return msgspec.json.decode(data)
+    except (ValueError, RecursionError, msgspec.MsgspecError):
+        return json.loads(data)
 
 
 def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> ImageRecord:
@@ -75,9 +82,7 @@ def decode_record(key: str, files: Mapping[str, bytes], source: str = "") -> Ima
     return ImageRecord(
         key=key,
         size=size,
-        annotations=tuple(
-            decode_annotation(index, entry, size) for index, entry in enumerate(entries)
-        ),
+        annotations=decode_annotations(entries, size),
         load=partial(decode_image, files[suffix], size),
         load_reduced=partial(decode_reduced, files[suffix], size),
         source=source,
@@ -94,7 +99,17 @@ def decode_image(data: bytes, size: tuple[int, int]) -> np.ndarray:
     Raises:
         ValueError: says what is wrong with the image; one of another size is not decoded at all.
     """
-    return np.asarray(decode_reduced(data, size, 1)[0])
+    image = decode_reduced(data, size, 1)[0]
+    if image.width * image.height <= STRIP_PX:
+        return np.asarray(image)
+    # Strip by strip: Pillow would hand a large one out by way of two more copies of it.
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    rows = max(1, STRIP_PX // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        pixels[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    pixels.setflags(write=False)
+    return pixels
 
 
 def decode_reduced(data: bytes, size: tuple[int, int], shrink: int) -> tuple[Image.Image, int]:
@@ -237,45 +252,6 @@ def _size(content: Any) -> tuple[int, int]:
     return height, width
 
 
-def decode_annotation(index: int, entry: Any, size: tuple[int, int]) -> Annotation:
-    """An entry of a sample's JSON; its run lengths are not decoded.
-
-    Raises:
-        ValueError: says what is wrong with it.
-    """
-    try:
-        if not isinstance(entry, dict) or "segmentation" not in entry:
-            raise ValueError("it has no `segmentation`")
-        segmentation, crop_box = entry["segmentation"], entry.get("crop_box")
-        predicted, stability = entry.get("predicted_iou"), entry.get("stability_score")
-        points = entry.get("point_coords")
-        stated = rle.size_of(segmentation)
-        if stated != size:
-            raise ValueError(
-                f"its RLE is {stated[0]} x {stated[1]} (height x width), "
-                f"the image {size[0]} x {size[1]}"
-            )
-        return Annotation(
-            id=int(entry.get("id", index)),
-            rle=segmentation,
-            bbox=_box(entry["bbox"], size) if "bbox" in entry else rle.bbox(segmentation),
-            area=_area(entry["area"]) if "area" in entry else rle.area(segmentation),
-            predicted_iou=None if predicted is None else _number(predicted),
-            stability_score=None if stability is None else _number(stability),
-            point_coords=None if points is None else _points(points),
-            crop_box=None if crop_box is None else _numbers(crop_box, 4),
-            extra=_others(entry),
-        )
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"annotation {index} is unusable: {error}") from None
-
-
-def _others(entry: dict[str, Any]) -> dict[str, Any]:
-    if FIELDS.issuperset(entry):
-        return {}
-    return {name: value for name, value in entry.items() if name not in FIELDS}
-
-
 def _entry(annotation: Annotation) -> dict[str, Any]:
     entry: dict[str, Any] = {
         "id": annotation.id,
@@ -290,45 +266,3 @@ def _entry(annotation: Annotation) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if value is not None} | dict(
         annotation.extra
     )
-
-
-def _box(values: Any, size: tuple[int, int]) -> tuple[Any, ...]:
-    x, y, width, height = box = _numbers(values, 4)
-    # A pixel of grace: some writers count edges, others pixels.
-    if (
-        x < 0
-        or y < 0
-        or width < 0
-        or height < 0
-        or x + width > size[1] + 1
-        or y + height > size[0] + 1
-    ):
-        raise ValueError(f"its bbox {values} lies outside the image of {size[0]} x {size[1]}")
-    return box
-
-
-def _area(value: Any) -> float:
-    area = _number(value)
-    if area < 0:
-        raise ValueError(f"its area is {value}")
-    return area
-
-
-def _numbers(values: Any, count: int) -> tuple[Any, ...]:
-    if not isinstance(values, list | tuple) or len(values) != count:
-        raise ValueError(f"expected {count} numbers, got {values!r}")
-    numbers = tuple(map(float, values))
-    if not math.isfinite(sum(numbers)):  # asked of all at once, then of each
-        numbers = tuple(map(_number, numbers))
-    return numbers
-
-
-def _number(value: Any) -> float:
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {value!r}")
-    return number
-
-
-def _points(values: Any) -> tuple[tuple[float, float], ...]:
-    return tuple(_numbers(point, 2) for point in values)

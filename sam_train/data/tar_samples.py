@@ -96,12 +96,24 @@ def _files(
                 if member.offset < start or not member.isfile() or _is_hidden(member.name):
                     continue
                 if is_wanted(member.name.lower()):
-                    yield member.offset, member.name, tar.extractfile(member).read(), tar.offset
+                    data = _content(tar, member, stream if seeks else None)
+                    yield member.offset, member.name, data, tar.offset
             if seeks:
                 _check_end(stream, tar.offset)
         except (tarfile.TarError, EOFError) as error:
             where = f"it breaks off at byte {tar.offset}" if tar else "it is no tar file"
             raise BrokenTarError(f"{where}: {error}") from None
+
+
+def _content(tar: Any, member: Any, stream: IO[bytes] | None) -> bytes:
+    """A member's bytes; directly from a stream that can be read anywhere, which is quicker."""
+    if stream is None or member.issparse():
+        return tar.extractfile(member).read()
+    stream.seek(member.offset_data)
+    data = stream.read(member.size)
+    if len(data) < member.size:
+        raise tarfile.ReadError("unexpected end of data")
+    return data
 
 
 def _check_end(stream: IO[bytes], start: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import signal
 from collections import deque
@@ -13,7 +14,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from sam_train.data.collate import Parcel, collate, pack
+from sam_train.data.collate import Parcel, pack
 from sam_train.data.mixture import BySource
 from sam_train.data.source import DamagedSampleError, Source, UnusableSourceError, sample_seed
 from sam_train.data.transforms import ToSample
@@ -78,8 +79,7 @@ class TrainStream(IterableDataset):
             samples(), batch_size=self.batch_size, max_masks=self.max_masks_per_batch
         ):
             position = [positions.popleft() for _ in group][-1]
-            batch = collate(group, self.transform.img_size)
-            yield Delivery(Parcel.of(batch), local, position)
+            yield Delivery(Parcel.of(group, self.transform.img_size), local, position)
 
     def _samples(self, local: int, num_workers: int) -> Iterator[tuple[Position, ImageSample]]:
         start = self.starts[local] if self.starts else Position()
@@ -141,7 +141,7 @@ class TrainLoader:
             batch_size=None,
             num_workers=self.num_workers,
             collate_fn=_as_it_is,
-            worker_init_fn=_ignore_ctrl_c,
+            worker_init_fn=_start_reader,
             pin_memory=torch.cuda.is_available(),
         )
         return self._batches(loader)
@@ -154,9 +154,13 @@ class TrainLoader:
             yield delivery.parcel.unpacked()
 
 
-def _ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends it to the readers too, while the step under way may still wait for a batch."""
+def _start_reader(worker: int) -> None:
+    """Prepares a reader's process."""
+    # A terminal sends Ctrl-C to the readers too, while the step under way may still wait for a batch.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What came with the fork is not garbage: to go through it again and again takes time, and makes
+    # copies of the pages it lies on.
+    gc.freeze()
 
 
 def _as_it_is(item: Any) -> Any:

@@ -61,5 +61,7 @@ def crops(size: tuple[int, int], num_layers: int, overlap_ratio: float) -> list[
         found += [
             Crop((x, y, min(x + crop_w, width), min(y + crop_h, height)), layer)
             for x, y in product(x_starts, y_starts)
+            # Of an image of a few pixels, the last ones of a layer may lie outside.
+            if x < width and y < height
         ]
     return found

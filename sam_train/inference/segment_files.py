@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import logging
 import os
@@ -15,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sam_train.data.file_lists import files_below
-from sam_train.data.image_files import SUFFIXES, header_size, read_image
+from sam_train.data.image_files import SUFFIXES, TooLargeError, read_large_image
 from sam_train.data.shards import json_content
 from sam_train.data.source import DamagedSampleError, DamageTally
 from sam_train.inference.inputs import InputError
@@ -77,12 +79,14 @@ class SegmentFiles:
         out: gets `masks/NAME.json` and `overlays/NAME.jpg`, in the folders the images are in.
         max_bad_fraction: of images that may be broken; each is named.
         overlay_px: longest side of the pictures; 0 makes none.
+        max_pixels: of an image; one of more ends the run with its name.
     """
 
     images: str
     out: Path
     max_bad_fraction: float = 0.05
     overlay_px: int = 1600
+    max_pixels: int = 1_000_000_000
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad_fraction <= 1 or self.overlay_px < 0:
@@ -90,6 +94,8 @@ class SegmentFiles:
                 "expected max_bad_fraction in [0, 1] and overlay_px of 0 or more, got "
                 f"{self.max_bad_fraction} and {self.overlay_px}"
             )
+        if self.max_pixels < 1:
+            raise ValueError(f"max_pixels is 1 or more, got {self.max_pixels}")
 
     def run(self, segmenter: Segmenter, made_with: Mapping[str, Any]) -> Segmented:
         """Segments what is not finished.
@@ -103,6 +109,7 @@ class SegmentFiles:
             FileNotFoundError: there are no images.
             UnusableSourceError: too many are broken.
             InputError: a prompt does not fit an image.
+            TooLargeError: an image has more than `max_pixels`.
             ValueError: the place of a result is taken.
         """
         names = self.find()
@@ -111,12 +118,12 @@ class SegmentFiles:
         with tqdm(names.items(), unit=" images", desc="segment", dynamic_ncols=True) as bar:
             for key, path in bar:
                 tally.seen += 1
-                record = json.loads(json.dumps({**made_with, "image_bytes": _num_bytes(path)}))
+                record = json.loads(json.dumps({**made_with, "image": _digest(path)}))
                 if self._is_done(key, record):
                     num_before += 1
                     continue
                 try:
-                    image = _read(path, tally)
+                    image = _read(path, self.max_pixels, tally)
                 except DamagedSampleError:  # counted and logged already
                     continue
                 found = _segment(segmenter, image, path)
@@ -159,6 +166,9 @@ class SegmentFiles:
     def _place(self, key: str) -> Path:
         return self.out / "masks" / f"{key}.json"
 
+    def _picture(self, key: str) -> Path:
+        return self.out / "overlays" / f"{key}.jpg"
+
     def _is_done(self, key: str, record: dict[str, Any]) -> bool:
         place = self._place(key)
         if not place.exists():
@@ -175,6 +185,9 @@ class SegmentFiles:
         changed = [n for n in names if n != "checkpoint" and before.get(n) != record.get(n)]
         if changed:
             log.warning("%s was made with another %s: done anew", place, " and ".join(changed))
+        elif self.overlay_px and not self._picture(key).exists():
+            log.warning("%s has no picture in %s: done anew", place, self.out / "overlays")
+            return False
         return not changed
 
     def _write(
@@ -188,24 +201,31 @@ class SegmentFiles:
         """The picture, then the JSON: an image counts as finished once that is there."""
         if self.overlay_px:
             picture = draw_annotations(image, annotations, longest_px=self.overlay_px)
-            save_image(self.out / "overlays" / f"{key}.jpg", picture)
+            save_image(self._picture(key), picture)
         size = (image.shape[0], image.shape[1])
         sample = ImageRecord(key, size, tuple(annotations), lambda: image)
         content = json_content(sample, image_id=zlib.crc32(os.fsencode(key)), file_name=path.name)
         text = json.dumps({**content, MADE_WITH: record}, separators=(",", ":"))
-        write_atomically(self._place(key), text)
+        place = self._place(key)
+        for unfinished in place.parent.glob(f".{glob.escape(place.name)}.*"):
+            unfinished.unlink(missing_ok=True)  # of a run that was killed while it wrote
+        write_atomically(place, text)
 
 
-def _num_bytes(path: Path) -> int | None:
+def _digest(path: Path) -> str | None:
+    """Of the file's bytes: an edited image may keep its length."""
     try:
-        return os.stat(path).st_size
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
     except OSError:
         return None  # reading it will say why
 
 
-def _read(path: Path, tally: DamageTally) -> np.ndarray:
+def _read(path: Path, max_pixels: int, tally: DamageTally) -> np.ndarray:
     try:
-        return read_image(path, header_size(path))
+        return read_large_image(path, max_pixels)
+    except TooLargeError:  # which is for the user to decide, and no damage
+        raise
     except (ValueError, OSError) as error:
         raise tally.damaged(str(path), error) from None
 

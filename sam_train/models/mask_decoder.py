@@ -400,8 +400,7 @@ def _for_each(dense: Tensor | DenseCells, num_prompts: int) -> Tensor | DenseCel
         return dense
     if num_given != 1:
         raise ValueError(
-            f"dense_prompt_embeddings are as many as sparse_prompt_embeddings, {num_prompts}, or one for "
-            f"all, got {num_given}"
+            f"dense_prompt_embeddings are of one or of all {num_prompts} prompts, got {num_given}"
         )
     if isinstance(dense, Tensor):
         return dense.expand(num_prompts, -1, -1, -1)
@@ -411,7 +410,7 @@ def _for_each(dense: Tensor | DenseCells, num_prompts: int) -> Tensor | DenseCel
 def _check_index(image_index: Tensor, num_prompts: int, num_images: int) -> None:
     if image_index.shape != (num_prompts,):
         raise ValueError(
-            f"image_index says of each of {num_prompts} prompts which image it belongs to, got shape "
+            f"image_index says the image of each of the {num_prompts} prompts, got the shape "
             f"{tuple(image_index.shape)}"
         )
     # On a GPU a look at the values would wait for it.

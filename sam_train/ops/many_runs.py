@@ -106,8 +106,8 @@ class ManyRuns:
         return areas, boxes
 
     def coverage(
-        self, which: Sequence[int], x_edges: Sequence[np.ndarray], y_edges: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
+        self, which: Sequence[int] | np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """The areas of masks in each cell of a grid, exactly, each mask with a grid of its own.
 
         The count of ones before a position is linear between run ends, so a cell's share of a column
@@ -115,33 +115,33 @@ class ManyRuns:
 
         Args:
             which: N masks, by index.
-            x_edges: N times (w + 1,) ascending, original pixels; what lies outside the mask counts as 0.
-            y_edges: N times (h + 1,) likewise.
+            x_edges: (N, w + 1) ascending, original pixels; a grid of fewer cells repeats its last line.
+                What lies outside the mask counts as 0.
+            y_edges: (N, h + 1) likewise.
 
         Returns:
-            N times (h, w) float64, in pixels.
+            A part of the N at a time: which of them, (n,), and (n, h', w') float64 in pixels, without the
+            cells behind the last of the part's largest grid. Masks whose grid has no column are left out.
         """
         height, width = self.size
-        shapes = [(len(y) - 1, len(x) - 1) for x, y in zip(x_edges, y_edges, strict=True)]
-        covered = [np.zeros(shape) for shape in shapes]
-        if not covered:
-            return covered
-        x, y = _padded(x_edges).clip(0, width), _padded(y_edges).clip(0, height)
+        masks = np.asarray(which)
+        if not masks.size:
+            return
+        x, y = x_edges.clip(0, width), y_edges.clip(0, height)
         firsts = x[:, 0].astype(np.int64)
         num_columns = np.ceil(x[:, -1]).astype(np.int64) - firsts
-        masks = np.asarray(which)
-        for chunk, most_rows, most_columns in _chunks(num_columns, shapes):
-            cells = self._coverage(
-                masks[chunk],
-                firsts[chunk],
-                num_columns[chunk],
-                x[chunk, : most_columns + 1],
-                y[chunk, : most_rows + 1],
+        shapes = np.column_stack([_num_cells(y), _num_cells(x)])
+        for chunk, most_rows, most_columns in _chunks(num_columns, shapes.tolist()):
+            yield (
+                chunk,
+                self._coverage(
+                    masks[chunk],
+                    firsts[chunk],
+                    num_columns[chunk],
+                    x[chunk, : most_columns + 1],
+                    y[chunk, : most_rows + 1],
+                ),
             )
-            for i, of_one in zip(chunk.tolist(), cells, strict=True):
-                h, w = shapes[i]
-                covered[i] = of_one[:h, :w]
-        return covered
 
     def _coverage(
         self,
@@ -192,7 +192,7 @@ def _read(rles: Sequence[Rle]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _chunks(
-    num_columns: np.ndarray, shapes: Sequence[tuple[int, int]]
+    num_columns: np.ndarray, shapes: Sequence[Sequence[int]]
 ) -> Iterator[tuple[np.ndarray, int, int]]:
     """Grids of like size, which padding does not make much larger, and their most rows and columns.
 
@@ -215,10 +215,6 @@ def _chunks(
         yield order[start:], most_rows, most_columns
 
 
-def _padded(lines: Sequence[np.ndarray]) -> np.ndarray:
-    """(N, most) the lines of all grids, the last of each repeated."""
-    padded = np.empty((len(lines), max(map(len, lines))))
-    for row, values in zip(padded, lines, strict=True):
-        row[: len(values)] = values
-        row[len(values) :] = values[-1]
-    return padded
+def _num_cells(lines: np.ndarray) -> np.ndarray:
+    """(N,) how many cells there are before the last line is reached."""
+    return (lines < lines[:, -1:]).sum(axis=1)

@@ -135,37 +135,45 @@ def uncompress(codes: np.ndarray, num_codes: np.ndarray) -> tuple[np.ndarray, np
     Raises:
         ValueError: they are damaged.
     """
-    digits = codes.astype(np.int64) - 48
-    if not digits.size:
-        return digits, np.zeros(len(num_codes), np.int64)
-    if digits.min() < 0 or digits.max() > 63:
+    if not codes.size:
+        return np.zeros(0, np.int64), np.zeros(len(num_codes), np.int64)
+    digits = codes - np.uint8(48)  # what is below '0' comes round at the top
+    if digits.max() > 63:
         raise ValueError("the RLE is damaged: its counts hold characters outside '0' to 'o'")
     is_last = digits < 32
     ends_of_masks = np.cumsum(num_codes)
     if not is_last[ends_of_masks[num_codes > 0] - 1].all():
         raise ValueError("the RLE is damaged: its counts end within a number")
     ends = np.flatnonzero(is_last)
-    num_digits = np.diff(ends, prepend=-1)
-    starts = ends - num_digits + 1
+    starts = np.empty_like(ends)
+    starts[0], starts[1:] = 0, ends[:-1] + 1
+    num_digits = ends - starts + 1
     most = int(num_digits.max())
     if most > 7:
         raise ValueError("the RLE is damaged: it has a run of more than 35 bits")
-    low_bits = digits & 31
+    low_bits = (digits & 31).astype(np.int64)
     values = low_bits[starts]
     for place in range(1, most):
         longer = np.flatnonzero(num_digits > place)
         values[longer] += low_bits[starts[longer] + place] << (5 * place)
-    values -= ((digits[ends] >> 4) & 1) << (5 * num_digits)
+    values -= (low_bits[ends] >> 4) << (5 * num_digits)
     runs_until = np.searchsorted(ends, ends_of_masks - 1, side="right")
-    firsts = np.concatenate([[0], runs_until[:-1]])
-    num_runs = runs_until - firsts
-    # From the fourth run on, a number is the difference from the run two before it.
-    nth = np.arange(len(values)) - np.repeat(firsts, num_runs)
-    for chain in ((nth & 1) == 1, ((nth & 1) == 0) & (nth > 0)):
-        sums = np.cumsum(np.where(chain, values, 0))
-        before = np.concatenate([[0], sums])[firsts]
-        values = np.where(chain, sums - np.repeat(before, num_runs), values)
-    return values, num_runs
+    num_runs = runs_until.copy()
+    num_runs[1:] -= runs_until[:-1]
+    return _summed(values, runs_until - num_runs, num_runs), num_runs
+
+
+def _summed(values: np.ndarray, firsts: np.ndarray, num_runs: np.ndarray) -> np.ndarray:
+    """The run lengths: from the fourth of a mask on, a number is the difference from the run two before it."""
+    place = np.arange(len(values))
+    nth = place - np.repeat(firsts, num_runs)
+    parity = nth & 1
+    # Two chains side by side, even and odd; the first run belongs to neither.
+    sums = np.zeros((len(values) + 1, 2), np.int64)
+    sums[place + 1, parity] = np.where(nth > 0, values, 0)
+    np.cumsum(sums, axis=0, out=sums)
+    lengths = sums[place + 1, parity] - sums[np.repeat(firsts, num_runs), parity]
+    return np.where(nth > 0, lengths, values)
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

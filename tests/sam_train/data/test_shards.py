@@ -1,9 +1,12 @@
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sam_train.data import shards
 from sam_train.data.shards import decode_record, decode_reduced, encode_record
 from sam_train.structures import Annotation
 
@@ -97,6 +100,19 @@ def test_a_damaged_sample_says_what_is_wrong(make, change, message):
         decode_record("a", files)
 
 
+@pytest.mark.parametrize(
+    "extra",
+    [b"NaN", b"-Infinity", b"1e400", b'"\\ud800"', b"123456789012345678901234567890", b"0.1"],
+)
+def test_json_is_taken_as_pythons_own_parser_takes_it(make, extra):
+    files = encode_record(make.square("a"))
+    files["json"] = files["json"].replace(b'"id":', b'"note":' + extra + b',"id":')
+
+    read = decode_record("a", files).annotations[0].extra["note"]
+
+    assert repr(read) == repr(json.loads(extra))
+
+
 def test_pixels_of_another_size_than_stated_are_refused(make):
     files = encode_record(make.square("a")) | {
         "jpg": encode_record(make.square("a", (20, 20)))["jpg"]
@@ -151,3 +167,12 @@ def test_a_reduced_picture_is_of_the_scale_it_is_said_to_be_of_even_where_a_side
     record = decode_record("a", encode_record(record))
     picture, taken = record.reduced_image(shrink)
     assert (picture.height, picture.width) == (-(-size[0] // taken), -(-size[1] // taken))
+
+
+def test_a_large_image_is_handed_out_in_strips_and_is_the_same(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (37, 21, 3), np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "png")
+    monkeypatch.setattr(shards, "STRIP_PX", 100)
+
+    np.testing.assert_array_equal(shards.decode_image(data.getvalue(), (37, 21)), pixels)

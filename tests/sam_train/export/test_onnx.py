@@ -58,6 +58,21 @@ def test_a_model_with_a_timm_encoder_and_a_first_guess_leaves_too(tiny_model, tm
     assert "pixels change sides" in lines[-1]
 
 
+def test_a_tiny_vit_leaves_with_its_windows(randomise, tmp_path):
+    config = model_config("mobile_sam")
+    # Tokens a side are 32, 16 and 8 by stage: windows of 7 and 14 that do not fill the last of them.
+    config["image_encoder"] |= {"img_size": 128, "out_chans": 32}
+    config["prompt_encoder"] |= {"embed_dim": 32}
+    config["mask_decoder"] |= {"transformer_dim": 32, "iou_head_hidden_dim": 24}
+    config["mask_decoder"]["transformer"] |= {"embedding_dim": 32, "mlp_dim": 64}
+    model = randomise(build_model(config)).eval()
+
+    OnnxExport().write(model, tmp_path / "onnx")
+
+    found = onnx_check.encoder_difference(model, tmp_path / "onnx" / "encoder.onnx", seed=9)
+    assert found.largest < TOLERANCE
+
+
 def test_another_size_than_the_stored_one_leaves_with_its_positions(official_file, tmp_path):
     model = load_model(official_file[1], img_size=192)
     OnnxExport().write(model, tmp_path / "onnx")

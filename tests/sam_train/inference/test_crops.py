@@ -34,3 +34,9 @@ def test_sa_1b_asks_3072_points_in_21_passes() -> None:
 def test_a_layer_without_a_point_is_refused() -> None:
     with pytest.raises(ValueError, match="leaves no point in crop layer 2"):
         point_grids(3, 2, 2)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (5, 5), (4, 50), (7, 3)])
+def test_the_crops_of_an_image_of_a_few_pixels_have_pixels(size: tuple[int, int]) -> None:
+    for (x0, y0, x1, y1), _ in crops(size, 2, 512 / 1500):
+        assert 0 <= x0 < x1 <= size[1] and 0 <= y0 < y1 <= size[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
+from sam_train.data.image_files import read_large_image
 from sam_train.data.shards import decode_image
 from sam_train.inference.inputs import InputError, check_together, read_pixels
 
 GREY = np.arange(12, dtype=np.uint8).reshape(3, 4) * 20
+STRETCHED = np.rint(GREY * (255 / 220))[..., None].repeat(3, 2)
 RGB = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
 
 
@@ -73,6 +76,51 @@ def test_sixteen_bit_arrays_are_taken_as_sixteen_bit_files_are(tmp_path: Any) ->
 
     np.testing.assert_array_equal(read_pixels(deep), from_file)
     np.testing.assert_array_equal(read_pixels(Image.open(tmp_path / "deep.png")), from_file)
+
+
+def _palette() -> Image.Image:
+    return Image.fromarray(RGB).quantize(5)
+
+
+def _turned() -> Image.Image:
+    image = Image.fromarray(RGB)
+    image.getexif()[0x0112] = 6  # to be shown a quarter turn clockwise
+    return image
+
+
+FILES = {
+    "grey.png": (lambda: Image.fromarray(GREY), GREY[..., None].repeat(3, 2)),
+    "one bit.png": (lambda: Image.fromarray(GREY > 90), (GREY > 90)[..., None].repeat(3, 2) * 255),
+    "palette.png": (_palette, np.asarray(_palette().convert("RGB"))),
+    "palette.gif": (_palette, np.asarray(_palette().convert("RGB"))),
+    "alpha.png": (lambda: Image.fromarray(np.dstack([RGB, GREY])), RGB),
+    "grey and alpha.png": (
+        lambda: Image.fromarray(np.dstack([GREY, GREY])),
+        GREY[..., None].repeat(3, 2),
+    ),
+    "cmyk.tif": (
+        lambda: Image.fromarray(RGB).convert("CMYK"),
+        np.asarray(Image.fromarray(RGB).convert("CMYK").convert("RGB")),
+    ),
+    "turned.png": (_turned, RGB),
+    "16 bit.png": (lambda: Image.fromarray(GREY.astype(np.uint16) * 100), STRETCHED),
+    "float.tif": (lambda: Image.fromarray(GREY.astype(np.float32) * 9 - 7), STRETCHED),
+    "32 bit.tif": (lambda: Image.fromarray(GREY.astype(np.int32) * 1000), STRETCHED),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_read_by_the_stated_rules_and_as_they_lie(tmp_path: Path, name: str) -> None:
+    make, expected = FILES[name]
+    image = make()
+    image.save(tmp_path / name, exif=image.getexif())
+
+    pixels = read_large_image(tmp_path / name, 100)
+
+    np.testing.assert_array_equal(pixels, expected)
+    if not name.startswith(("float", "32")):  # which arrays are refused for, if not in range
+        with Image.open(tmp_path / name) as opened:
+            np.testing.assert_array_equal(read_pixels(opened), expected)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 from sam_train import cli
+from sam_train.data.image_files import TooLargeError
 from sam_train.data.shards import decode_record
 from sam_train.data.source import UnusableSourceError
 from sam_train.inference.inputs import InputError
@@ -159,6 +162,38 @@ def test_broken_images_are_named_and_too_many_are_an_error(tmp_path: Path, folde
         strict.run(Quarter(), MADE_WITH)
 
 
+def test_an_image_over_pillows_limit_is_taken_and_one_over_ours_is_one_sentence(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # twice that is an error of Pillow's
+    files = SegmentFiles(images=str(folder), out=tmp_path / "out", max_pixels=2399)
+
+    with pytest.raises(TooLargeError, match=r"a.png is 60 x 40 = 2,400 pixels.*max_pixels=2400 to"):
+        files.run(Quarter(), MADE_WITH)
+    done = replace(files, max_pixels=2400).run(Quarter(), MADE_WITH)
+
+    assert done.num_images == 3
+    assert Image.MAX_IMAGE_PIXELS == 1000, "it is everybody's"
+
+
+def test_a_file_that_only_says_it_is_large_is_never_decoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_sam_file: Path
+) -> None:
+    path = tmp_path / "huge.png"
+    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(path)
+    data = bytearray(path.read_bytes())
+    data[16:24] = (90_000).to_bytes(4, "big") * 2  # the header's width and height
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    path.write_bytes(data)
+
+    common = [f"checkpoint={tiny_sam_file}", f"images={path}", "img_size=64", f"out={tmp_path}/out"]
+    assert cli.run("segment", [*common, "mode=points", "points=[[1,2,1]]"]) == 2
+
+    error = capsys.readouterr().err
+    assert "90000 x 90000 = 8,100,000,000 pixels large, more than max_pixels=1000000000" in error
+    assert "Traceback" not in error and error.splitlines()[-1].startswith("sam-segment: ")
+
+
 def test_images_are_found_by_file_folder_and_glob(tmp_path: Path, folder: Path) -> None:
     def keys(images: str) -> list[str]:
         return list(SegmentFiles(images=images, out=tmp_path / "out").find())
@@ -228,6 +263,27 @@ def test_a_prompt_outside_names_the_image(tmp_path: Path, folder: Path, tiny_sam
         files.run(PointSegmenter(tiny_sam, [[50, 20, 1]]), MADE_WITH)
     with pytest.raises(InputError, match=r"b.jpg: the box .* outside"):
         files.run(BoxSegmenter(tiny_sam, [[1, 2, 50, 20]]), MADE_WITH | {"mode": "boxes"})
+
+
+def test_an_image_edited_without_another_length_and_one_without_its_picture_are_done_anew(
+    tmp_path: Path, tiny_sam: Sam
+) -> None:
+    tiny_sam.set_img_size(64)
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 50, 3), np.uint8)
+    image = tmp_path / "images" / "a.bmp"
+    image.parent.mkdir()
+    Image.fromarray(pixels).save(image)
+    points = PointSegmenter(tiny_sam, [[20, 20, 1]])
+
+    def run(overlay_px: int) -> int:
+        files = SegmentFiles(images=str(image.parent), out=tmp_path / "out", overlay_px=overlay_px)
+        return files.run(points, MADE_WITH).num_images
+
+    assert (run(0), run(0)) == (1, 0)
+    Image.fromarray(255 - pixels).save(image)
+    assert (run(0), run(0)) == (1, 0)
+    assert (run(100), run(100)) == (1, 0)
+    assert (tmp_path / "out" / "overlays" / "a.jpg").is_file()
 
 
 def test_the_command_segments_and_says_what_is_wrong(

@@ -18,6 +18,12 @@ def summed_area(mask: np.ndarray, x_edges: np.ndarray, y_edges: np.ndarray) -> n
     return overlap(y_edges, height) @ mask @ overlap(x_edges, width).T
 
 
+def padded(lines: list[np.ndarray]) -> np.ndarray:
+    """Grids of different numbers of lines, the last of each repeated."""
+    most = max(map(len, lines))
+    return np.array([np.pad(own, (0, most - len(own)), mode="edge") for own in lines])
+
+
 def random_masks(size: tuple[int, int], count: int = 12) -> list[np.ndarray]:
     rng = np.random.default_rng(sum(size))
     masks = [rng.random(size) < rng.random() for _ in range(count)]
@@ -39,7 +45,12 @@ def test_coverage_is_the_exact_area_in_each_cell_of_any_grid(size, most_position
     runs = ManyRuns([rle.encode(mask) for mask in masks])
 
     assert runs.areas.tolist() == [mask.sum() for mask in masks]
-    covered = runs.coverage(which, x_edges, y_edges)
+    covered = [np.zeros((len(y) - 1, len(x) - 1)) for x, y in zip(x_edges, y_edges, strict=True)]
+    for some, cells in runs.coverage(which, padded(x_edges), padded(y_edges)):
+        for i, of_one in zip(some.tolist(), cells, strict=True):
+            height, width = covered[i].shape
+            covered[i][: len(of_one), : of_one.shape[1]] = of_one[:height, :width]
+            assert not of_one[height:].any() and not of_one[:, width:].any()
     for mask, x, y, cells in zip(which, x_edges, y_edges, covered, strict=True):
         np.testing.assert_allclose(cells, summed_area(masks[mask], x, y), atol=1e-9)
 
@@ -71,7 +82,7 @@ def test_many_large_masks_are_measured_as_exactly_as_one():
     ] * 64
     x_edges, y_edges = np.array([1000.25, 1000.5]), np.array([1000.1, 1000.3])
 
-    last = ManyRuns(masks).coverage([63], [x_edges], [y_edges])[0]
+    ((_, last),) = ManyRuns(masks).coverage([63], x_edges[None], y_edges[None])
 
     np.testing.assert_allclose(last, 0.25 * 0.2, rtol=1e-12)
 

@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import math
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from sam_train.metrics.clicks import (
 )
 from sam_train.models.sam import Sam
 from sam_train.ops.drawing import click_strip, new_figure, save_figure, save_image, tiled
-from sam_train.ops.files import write_atomically
+from sam_train.ops.files import make_writable_folder, write_atomically
 from sam_train.ops.rle import decode
 from sam_train.prompts.simulator import PromptSimulator
 from sam_train.structures import ImageRecord
@@ -118,9 +117,7 @@ class ClickBenchmark:
         """
         model.eval()
         output_dir = Path(output_dir)
-        # Whether the folder can be written to is better known before the clicks than after them.
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
+        make_writable_folder(output_dir)
         metrics = ClickMetrics(self.simulator.num_corrections + 1)
         scores: list[ObjectScore] = []
         dataset, num_images = "", 0

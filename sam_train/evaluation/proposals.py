@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from sam_train.inference.overlays import draw_annotations
 from sam_train.metrics.average_recall import MAX_PROPOSALS, AverageRecall
 from sam_train.models.sam import Sam
 from sam_train.ops.drawing import save_image
-from sam_train.ops.files import write_atomically
+from sam_train.ops.files import make_writable_folder, write_atomically
 from sam_train.structures import Annotation
 
 log = logging.getLogger(__name__)
@@ -62,9 +61,7 @@ class ProposalBenchmark:
         """
         generator = self.generator(model=model.eval())
         output_dir = Path(output_dir)
-        # Whether the folder can be written to is better known before the work than after it.
-        output_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output_dir).close()
+        make_writable_folder(output_dir)
         metrics, report = AverageRecall(), FilterReport()
         dataset, num_images, num_proposals = "", 0, 0
         records = readable(

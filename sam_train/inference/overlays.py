@@ -51,9 +51,8 @@ def draw_annotations(
         if "input_box" in annotation.extra:
             box = np.array(annotation.extra["input_box"], float)
             image = draw_boxes(image, to_input_frame(box, original_size, size)[None])
-        labels = annotation.extra.get(
-            "point_labels"
-        )  # a generator's own points would hide its masks
+        # A generator's own points, which have no labels, would hide its masks.
+        labels = annotation.extra.get("point_labels")
         if annotation.point_coords is not None and labels is not None:
             coords = np.array(annotation.point_coords, float)
             coords = to_input_frame(coords, original_size, size)

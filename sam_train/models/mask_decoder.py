@@ -10,20 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sam_train.models.common import (
-    MLP,
-    DenseCells,
-    LayerNorm2d,
-    can_look_at,
-    deconv_as_linear,
-    is_two_by_two,
-    stride_two_deconv,
-)
+from sam_train.models.common import MLP, DenseCells, can_look_at
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
-from sam_train.models.plain import is_plain
-from sam_train.models.products import Linear, linear_gelu, runs_now
+from sam_train.models.products import Linear, runs_now
 from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
+from sam_train.models.upscaling import Upscaling, upscale_by_call
 from sam_train.structures import MaskPrediction
 
 MIN_SHARING = 4
@@ -90,13 +82,7 @@ class MaskDecoder(nn.Module):
         self.num_mask_tokens = num_multimask_outputs + 1
         self.iou_token = nn.Embedding(1, transformer_dim)
         self.mask_tokens = nn.Embedding(self.num_mask_tokens, transformer_dim)
-        self.output_upscaling = nn.Sequential(
-            nn.ConvTranspose2d(transformer_dim, transformer_dim // 4, kernel_size=2, stride=2),
-            LayerNorm2d(transformer_dim // 4),
-            nn.GELU(),
-            nn.ConvTranspose2d(transformer_dim // 4, transformer_dim // 8, kernel_size=2, stride=2),
-            nn.GELU(),
-        )
+        self.output_upscaling = Upscaling(transformer_dim)
         # One MLP a token, as in the released weights: a shared one could not load them.
         self.output_hypernetworks_mlps = nn.ModuleList(
             MLP(transformer_dim, transformer_dim, transformer_dim // 8, num_layers=3)
@@ -186,15 +172,13 @@ class MaskDecoder(nn.Module):
         src = image_embeddings + dense
         tokens, image_tokens = self.transformer(src, image_pe, self._tokens(sparse))
         image_tokens = image_tokens.unflatten(1, src.shape[-2:])
+        upscaling, filters = self.output_upscaling, self._filters(tokens, wanted)
         if self._upscales_by_weights():
-            upscaled = stride_two_deconv(self._first_upscaling, image_tokens)
-            if high_res is not None:
-                upscaled = upscaled + high_res
-            masks = self._masks(tokens, upscaled, wanted)
+            upscaled = upscaling.first(image_tokens)
+            masks = upscaling.masks(upscaled if high_res is None else upscaled + high_res, filters)
         else:
-            upscaled = self._upscale(image_tokens.permute(0, 3, 1, 2), high_res)
-            masks = self._filters(tokens, wanted) @ upscaled.flatten(2)
-            masks = masks.unflatten(2, upscaled.shape[-2:])
+            upscaled = upscale_by_call(upscaling, image_tokens.permute(0, 3, 1, 2), high_res)
+            masks = (filters @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
         ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
         if start_masks is None or start_ious is None:
             return masks, ious
@@ -268,12 +252,6 @@ class MaskDecoder(nn.Module):
             ious,
         )
 
-    @property
-    def _first_upscaling(self) -> nn.ConvTranspose2d:
-        layer = self.output_upscaling[0]
-        assert isinstance(layer, nn.ConvTranspose2d)
-        return layer
-
     def _tokens(self, sparse_prompt_embeddings: Tensor) -> Tensor:
         output_tokens = torch.cat([self.iou_token.weight, self.mask_tokens.weight])
         output_tokens = output_tokens.expand(len(sparse_prompt_embeddings), -1, -1)
@@ -307,7 +285,8 @@ class MaskDecoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The answers without a copy of an image for each prompt: see `SharedImage`."""
         positions = PositionSights(self.transformer, image_pe[0].flatten(1).T)
-        weight, bias = deconv_as_linear(self._first_upscaling)
+        upscaling = self.output_upscaling
+        weight, bias = upscaling.first_as_linear()
         size = image_embeddings.shape[-2:]
         cells = dense if isinstance(dense, DenseCells) else None
         common = dense[0].flatten(1).T if isinstance(dense, Tensor) else dense.bias
@@ -328,29 +307,12 @@ class MaskDecoder(nn.Module):
                 own_cells = None if cells is None else cells.cells[rows].flatten(1, 2).mT
                 answered, own = shared(tokens[rows], own_cells)
                 upscaled = upscale(own).unflatten(2, (4, -1)).unflatten(1, size)
-                masks.append(self._masks(answered, upscaled, wanted))
+                masks.append(upscaling.masks(upscaled, self._filters(answered, wanted)))
                 ious.append(self.iou_prediction_head(answered[:, 0])[:, wanted])
         if order is None:
             return torch.cat(masks), torch.cat(ious)
         back = order.argsort()
         return torch.cat(masks)[back], torch.cat(ious)[back]
-
-    def _masks(self, tokens: Tensor, upscaled: Tensor, wanted: slice) -> Tensor:
-        """Masks (P, M, 4h, 4w), logits, of tokens (P, T, C) and (P, h, w, 4, C / 4) image tokens.
-
-        The latter are those of the first upscaling, before its norm.
-        """
-        filters = self._filters(tokens, wanted)
-        layers: list[Any] = list(self.output_upscaling)
-        _, norm, act1, upscale2, _ = layers
-        x = act1(norm.over_last(upscaled))
-        x = linear_gelu(x, *deconv_as_linear(upscale2)).unflatten(-1, (4, -1))
-        # The 4x4 sub-pixels of every token stay in axes of their own (P, h, w, 4, 4, C) until the
-        # masks, which are far smaller, are put in order. Features first: so their gradient lies as they do.
-        p, h, w = upscaled.shape[:3]
-        masks = (x.flatten(1, 4) @ filters.transpose(1, 2)).transpose(1, 2)
-        masks = masks.reshape(p, -1, h, w, 2, 2, 2, 2).permute(0, 1, 2, 4, 6, 3, 5, 7)
-        return masks.reshape(p, -1, 4 * h, 4 * w)
 
     def _filters(self, tokens: Tensor, wanted: slice) -> Tensor:
         """What the wanted masks are of the upscaled features: (P, M, C / 8)."""
@@ -362,29 +324,8 @@ class MaskDecoder(nn.Module):
         return filters[:, wanted] if torch.is_grad_enabled() else filters
 
     def _upscales_by_weights(self) -> bool:
-        """Whether `_masks` does what a call of `output_upscaling` would."""
-        if not is_plain(self.output_upscaling, of=nn.Sequential) or len(self.output_upscaling) != 5:
-            return False
-        layers: list[Any] = list(self.output_upscaling)
-        upscale1, norm, act1, upscale2, act2 = layers
-        return (
-            is_plain(upscale1, upscale2, of=nn.ConvTranspose2d)
-            and is_two_by_two(upscale1, upscale2)
-            and is_plain(norm, of=LayerNorm2d)
-            and is_plain(act1, act2, of=nn.GELU)
-            and act2.approximate == "none"
-        )
-
-    def _upscale(self, image_tokens: Tensor, high_res: Tensor | None) -> Tensor:
-        """(P, C, h, w) to (P, C / 8, 4h, 4w), by a call of the layers."""
-        if high_res is None:
-            return self.output_upscaling(image_tokens)
-        first, *others = self.output_upscaling
-        cells = high_res.unflatten(3, (2, 2)).permute(0, 5, 1, 3, 2, 4)
-        x = first(image_tokens) + cells.flatten(4, 5).flatten(2, 3)
-        for layer in others:
-            x = layer(x)
-        return x
+        upscaling = self.output_upscaling
+        return isinstance(upscaling, Upscaling) and upscaling.reads_weights()
 
     def _no_answers(self, image_embeddings: Tensor, wanted: slice) -> tuple[Tensor, Tensor]:
         num_masks = len(range(self.num_mask_tokens)[wanted])

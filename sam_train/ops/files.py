@@ -28,6 +28,16 @@ def check_whole(path: Path) -> None:
         raise DamagedFileError(f"{path} is damaged: the checksum of {bad} is wrong")
 
 
+def make_writable_folder(path: Path) -> None:
+    """Makes a folder; that nothing can be written to it is better known before long work than after it.
+
+    Raises:
+        OSError: it cannot be made, or written to.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+
+
 def write_atomically(
     path: Path,
     content: str | Callable[[Path], object],

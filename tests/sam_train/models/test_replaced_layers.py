@@ -112,10 +112,6 @@ def test_a_layer_in_anothers_place_is_called_for_few_prompts_and_for_many(
     change(changed.get_submodule(place))
     for count, masks in before.items():
         assert (answers(changed, count) - masks).abs().max() > 1e-5 * masks.abs().max(), count
-    # What is asked beside a prompt is nothing to it.
-    few, many = answers(changed, FEW), answers(changed, MANY)
-    again = answers(changed, FEW)
-    assert torch.equal(few, again) and many.isfinite().all()
 
 
 @pytest.mark.parametrize("number", range(7))

@@ -4,13 +4,16 @@
     python benchmarks/decoder.py --threads 2 --out benchmarks/results
 
 Embeddings of 64 x 64 and 16 x 16 tokens, width 256, a point a prompt; forward, and forward and backward. All
-three answer the same embeddings, masks, predicted IoUs and gradients are compared, then they take turns in
-one process.
+three answer the same embeddings, and masks, predicted IoUs and gradients are compared; ours must also be those of
+the published code in float64, whose own in float32 were 1.5e-3 off for 64 prompts of 64 x 64 tokens. Then they take
+turns in one process.
 """
 
 from __future__ import annotations
 
+import copy
 import datetime
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 
@@ -30,6 +33,9 @@ from sam_train.structures import Prompts
 WIDTH = 256
 OURS, PUBLISHED, PEER = "sam-train", "segment_anything", "transformers"
 TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-3
+PREFIX = "mask_decoder."
+EXACT_PROMPTS = 8
+"""Prompts whose gradients in float64 fit in memory at a time."""
 Answer = Callable[[], tuple[Tensor, Tensor]]
 
 
@@ -56,9 +62,8 @@ def published_decoder(model: Sam) -> PublishedDecoder:
     transformer = PublishedTransformer(depth=2, embedding_dim=WIDTH, mlp_dim=2048, num_heads=8)
     decoder = PublishedDecoder(transformer_dim=WIDTH, transformer=transformer)
     state = to_official_state_dict(model)
-    prefix = "mask_decoder."
     decoder.load_state_dict(
-        {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
+        {name[len(PREFIX) :]: t for name, t in state.items() if name.startswith(PREFIX)}
     )
     return decoder
 
@@ -88,14 +93,40 @@ def gradients(module: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {prefix + name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def with_backward(answer: Answer, module: nn.Module, embedding: Tensor) -> Callable[[], None]:
+def pulled(masks: Tensor, ious: Tensor, pull: Tensor, num_prompts: int) -> Tensor:
+    """What is differentiated, or a part of it: every logit pulls its own way, as it does in a loss."""
+    return (masks * pull).sum() / (num_prompts * pull[0].numel()) + ious.sum() / (
+        num_prompts * ious.shape[1]
+    )
+
+
+def pulls(num_prompts: int, side: int, device: torch.device) -> Tensor:
+    shape = (num_prompts, 3, 4 * side, 4 * side)
+    return torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)
+
+
+def exact_gradients(
+    published: PublishedDecoder, embedding: Tensor, pe: Tensor, sparse: Tensor, dense: Tensor
+) -> dict[str, Tensor]:
+    """Those of the published code in float64, a few prompts at a time, by the official names."""
+    decoder, image = copy.deepcopy(published).double(), embedding.detach().double().requires_grad_()
+    pull = pulls(len(sparse), image.shape[-1], image.device)
+    for rows in torch.arange(len(sparse)).split(EXACT_PROMPTS):
+        few = slice(int(rows[0]), int(rows[-1]) + 1)
+        answer = decoder(image, pe.double(), sparse[few].double(), dense[few].double(), True)
+        pulled(*answer, pull[few].double(), len(sparse)).backward()
+    assert image.grad is not None
+    return {**gradients(decoder, PREFIX), "embedding": image.grad}
+
+
+def with_backward(
+    answer: Answer, module: nn.Module, embedding: Tensor, pull: Tensor
+) -> Callable[[], None]:
     def run() -> None:
         module.zero_grad()
         embedding.grad = None
         masks, ious = answer()
-        # Every logit pulls its own way, as it does in a loss.
-        pull = torch.linspace(-1, 1, masks.numel(), device=masks.device).view_as(masks)
-        ((masks * pull).mean() + ious.mean()).backward()
+        pulled(masks, ious, pull, len(masks)).backward()
 
     return run
 
@@ -128,9 +159,11 @@ def compare(side: int, num_prompts: int, arguments: object) -> list[list[str]]:
         return masks[0], ious[0]
 
     answers: Mapping[str, Answer] = {OURS: ours, PUBLISHED: of_published, PEER: of_peer}
+    pull = pulls(num_prompts, side, embedding.device)
     modules = {OURS: model, PUBLISHED: published, PEER: peer}
     with_gradients = {
-        name: with_backward(answer, modules[name], embedding) for name, answer in answers.items()
+        name: with_backward(answer, modules[name], embedding, pull)
+        for name, answer in answers.items()
     }
 
     def forward(answer: Answer) -> Callable[[], object]:
@@ -146,7 +179,13 @@ def compare(side: int, num_prompts: int, arguments: object) -> list[list[str]]:
         expected = {**gradients(modules[name], prefix), "embedding": embedding.grad.clone()}
         return error, side_by_side.gradient_difference(got, expected)
 
-    errors = {PUBLISHED: check(PUBLISHED, "mask_decoder.", 0), PEER: check(PEER, "", 1)}
+    with_gradients[OURS]()
+    got = {**our_gradients(model)[0], "embedding": embedding.grad.clone()}
+    exact = exact_gradients(published, embedding, pe, sparse, dense)
+    of_exact = side_by_side.gradient_difference(
+        {name: gradient.double() for name, gradient in got.items()}, exact
+    )
+    errors = {PUBLISHED: check(PUBLISHED, PREFIX, 0), PEER: check(PEER, "", 1)}
     rows = []
     for title, runs in (
         ("forward", {name: forward(answer) for name, answer in answers.items()}),
@@ -165,13 +204,16 @@ def compare(side: int, num_prompts: int, arguments: object) -> list[list[str]]:
                     f"{error if title == 'forward' else gradient_error:.1e}",
                 ]
             )
-    for name, (error, gradient_error) in errors.items():
-        if error > TOLERANCE or gradient_error > GRADIENT_TOLERANCE:
-            print("\n".join(" | ".join(row) for row in rows))
-            raise SystemExit(
-                f"{name}: answers differ by {error:.1e}, gradients by {gradient_error:.1e}; "
-                f"expected {TOLERANCE:.0e} and {GRADIENT_TOLERANCE:.0e} at most"
-            )
+    rows.append(
+        [f"{side} x {side}", "gradients", f"{PUBLISHED}, float64", "", "", "", f"{of_exact:.1e}"]
+    )
+    worst = max(error for error, _ in errors.values())
+    if worst > TOLERANCE or of_exact > GRADIENT_TOLERANCE:
+        print("\n".join(" | ".join(row) for row in rows))
+        raise SystemExit(
+            f"answers differ by {worst:.1e}, gradients by {of_exact:.1e}; expected {TOLERANCE:.0e} and "
+            f"{GRADIENT_TOLERANCE:.0e} at most"
+        )
     return rows
 
 

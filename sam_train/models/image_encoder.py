@@ -41,6 +41,8 @@ class _Block(Block):
 
     def forward(self, x: Tensor) -> Tensor:
         attend = self._attend if self._attends_by_rel_pos() else self._call_attention
+        # The patch embedding leaves its channels apart, as every sum and norm after it would.
+        x = x.contiguous()
         x = x + self.drop_path1(self.ls1(attend(self.norm1(x))))
         return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sam_train.models.common import MLP, DenseCells, can_look_at
 from sam_train.models.first_guess import SOFT_LOGIT, FirstGuess, PromptFrame
+from sam_train.models.first_looks import FirstImages
 from sam_train.models.products import Linear, runs_now
 from sam_train.models.shared_image import PositionSights, SharedImage, SharedLinear
 from sam_train.models.two_way_transformer import TwoWayTransformer
@@ -150,6 +151,12 @@ class MaskDecoder(nn.Module):
             return self._decode_shared(
                 image_embeddings, image_pe, tokens, dense, wanted, image_index
             )
+        first = self._first_images(image_embeddings, dense, image_index, num_prompts)
+        tokens = self._tokens(sparse)
+        if first is not None and self.transformer.shares_first_layer(first.images, tokens):
+            tokens, image_tokens = self.transformer.forward_shared(first, image_pe, tokens)
+            image_tokens = image_tokens.unflatten(1, image_embeddings.shape[-2:])
+            return self._masks(tokens, image_tokens, None, wanted)
         if isinstance(dense, DenseCells):
             dense = dense.embeddings()
         start = self.start(image_embeddings, sparse, dense, image_index)
@@ -172,14 +179,7 @@ class MaskDecoder(nn.Module):
         src = image_embeddings + dense
         tokens, image_tokens = self.transformer(src, image_pe, self._tokens(sparse))
         image_tokens = image_tokens.unflatten(1, src.shape[-2:])
-        upscaling, filters = self.output_upscaling, self._filters(tokens, wanted)
-        if self._upscales_by_weights():
-            upscaled = upscaling.first(image_tokens)
-            masks = upscaling.masks(upscaled if high_res is None else upscaled + high_res, filters)
-        else:
-            upscaled = upscale_by_call(upscaling, image_tokens.permute(0, 3, 1, 2), high_res)
-            masks = (filters @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
-        ious = self.iou_prediction_head(tokens[:, 0])[:, wanted]
+        masks, ious = self._masks(tokens, image_tokens, high_res, wanted)
         if start_masks is None or start_ious is None:
             return masks, ious
         if wanted.start != 1 and start_masks.shape[1] > 1:
@@ -188,6 +188,39 @@ class MaskDecoder(nn.Module):
             start_masks = best_masks if is_one else torch.cat([best_masks, start_masks], dim=1)
             start_ious = best_ious if is_one else torch.cat([best_ious, start_ious], dim=1)
         return start_masks + masks, start_ious + ious
+
+    def _first_images(
+        self,
+        image_embeddings: Tensor,
+        dense: Tensor | DenseCells,
+        image_index: Tensor | None,
+        num_prompts: int,
+    ) -> FirstImages | None:
+        """What prompts share before the first layer; None where each has image tokens of its own."""
+        if self.first_guess is not None or type(self.transformer) is not TwoWayTransformer:
+            return None
+        if isinstance(dense, Tensor) and dense.stride(0) != 0:
+            return None
+        images = image_embeddings.flatten(2).transpose(1, 2)
+        if image_index is None:
+            image_index = torch.zeros(num_prompts, dtype=torch.long, device=images.device)
+        if isinstance(dense, Tensor):
+            return FirstImages(images + dense[0].flatten(1).T, image_index)
+        cells = dense.cells.flatten(1, 2).mT
+        return FirstImages(images + dense.bias, image_index, cells, dense.weight.T)
+
+    def _masks(
+        self, tokens: Tensor, image_tokens: Tensor, high_res: Tensor | None, wanted: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and predicted IoUs of what the transformer leaves, (P, T, C) and (P, h, w, C)."""
+        upscaling, filters = self.output_upscaling, self._filters(tokens, wanted)
+        if self._upscales_by_weights():
+            upscaled = upscaling.first(image_tokens)
+            masks = upscaling.masks(upscaled if high_res is None else upscaled + high_res, filters)
+        else:
+            upscaled = upscale_by_call(upscaling, image_tokens.permute(0, 3, 1, 2), high_res)
+            masks = (filters @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+        return masks, self.iou_prediction_head(tokens[:, 0])[:, wanted]
 
     def guess(
         self, image_embeddings: Tensor, frame: PromptFrame, image_index: Tensor | None

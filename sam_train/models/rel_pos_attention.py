@@ -18,12 +18,12 @@ from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sam_train.models.products import products, takes_products
+from sam_train.models.products import is_plain_cpu, products, takes_products
 
 CACHE_FLOATS = 1 << 20
 """Scores that are worked on at a time."""
 STORED_TOKENS = 512
-"""Up to so many tokens, other devices keep the bias as a matrix."""
+"""Up to so many tokens, the bias is kept as a matrix by other devices, and where MKL is preferred."""
 
 
 def rel_pos_attention(
@@ -49,7 +49,7 @@ def rel_pos_attention(
     along_columns = torch.einsum("bhwc,wkc->bhwk", grid, get_rel_pos(w, w, rel_pos[1])).flatten(
         1, 2
     )
-    if takes_products(queries):
+    if is_plain_cpu(queries) and (h * w > STORED_TOKENS or takes_products(queries)):
         # Heads that lie between one another are packed once, not for every few queries.
         tokens = (x.contiguous() for x in (queries, keys, values))
         return _Attention.apply(*tokens, along_rows, along_columns)

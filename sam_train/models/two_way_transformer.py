@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam_train.models.first_looks import FirstImages
+from sam_train.models.folded_looks import LookBack, image_to_tokens, tokens_to_image
 from sam_train.models.plain import is_plain
-from sam_train.models.products import Linear, bmm
+from sam_train.models.products import Linear, bmm, is_plain_cpu, linear
 
 
 class Attention(nn.Module):
@@ -43,7 +45,7 @@ class Attention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attends from (B, L, C) queries to (B, T, C) keys and values; returns (B, L, C)."""
-        if k.shape[1] > self.internal_dim and self._folds(q, self.k_proj, self.v_proj):
+        if self.is_folded(q, k):
             return self._tokens_to_image(q, k, v)
         if q.shape[1] > self.internal_dim and self._folds(k, self.q_proj, self.out_proj):
             return self._image_to_tokens(q, k, v)
@@ -54,6 +56,10 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(queries, keys, values)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
+    def is_folded(self, tokens: Tensor, image: Tensor) -> bool:
+        """Whether tokens look at so many image tokens that the image's projections better move to them."""
+        return image.shape[1] > self.internal_dim and self._folds(tokens, self.k_proj, self.v_proj)
+
     def _folds(self, tokens: Tensor, *of_image: nn.Module) -> bool:
         return tokens.shape[1] * self.num_heads <= self.internal_dim and is_plain(*of_image)
 
@@ -61,27 +67,51 @@ class Attention(nn.Module):
         """(..., heads * d) to (..., heads, d)."""
         return x.unflatten(-1, (self.num_heads, -1))
 
+    def by_heads(self, x: Tensor) -> Tensor:
+        """(B, L, heads * d) to (B, heads, L, d)."""
+        return self.split(x).transpose(1, 2)
+
+    def weight_by_heads(self, layer: nn.Linear) -> Tensor:
+        """(heads, d, C) of one of the three projections."""
+        return layer.weight.unflatten(0, (self.num_heads, -1))
+
     def _tokens_to_image(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wk = self.k_proj.weight.unflatten(0, (self.num_heads, -1))
-        wv = self.v_proj.weight.unflatten(0, (self.num_heads, -1))
+        weights = bmm(self.folded_queries(q), k.transpose(1, 2)).softmax(dim=-1)
+        return self.taken(bmm(weights, v))
+
+    def folded_queries(self, q: Tensor) -> Tensor:
+        """(B, T, C) to (B, heads * T, C): scaled, the keys' projection folded into them."""
+        wk = self.weight_by_heads(self.k_proj)
         # The keys' bias adds the same to every score of a query, which the softmax takes out again.
-        folded = torch.einsum("bthd,hdc->bthc", self.scale * self.split(self.q_proj(q)), wk)
-        weights = bmm(folded.flatten(1, 2), k.transpose(1, 2)).softmax(dim=-1)
-        pooled = bmm(weights, v).unflatten(1, (-1, self.num_heads))
-        out = torch.einsum("bthc,hdc->bthd", pooled, wv).flatten(2) + self.v_proj.bias
+        queries = self.scale * self.split(self.q_proj(q))
+        return torch.einsum("bthd,hdc->bhtc", queries, wk).flatten(1, 2)
+
+    def taken(self, pooled: Tensor) -> Tensor:
+        """What the queries take of the (B, heads * T, C) means that they made: (B, T, C)."""
+        wv = self.weight_by_heads(self.v_proj)
+        by_head = pooled.unflatten(1, (self.num_heads, -1))
+        out = torch.einsum("bhtc,hdc->bthd", by_head, wv).flatten(2) + self.v_proj.bias
         return self.out_proj(out)
 
     def _image_to_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        wq = self.q_proj.weight.unflatten(0, (self.num_heads, -1))
-        wo = self.split(self.out_proj.weight)
-        keys = self.scale * self.split(self.k_proj(k))
-        folded = torch.einsum("bthd,hdc->bhtc", keys, wq)
-        bias = torch.einsum("bthd,hd->bht", keys, self.split(self.q_proj.bias))
+        folded, bias = self.folded_keys(k)
         # Scores lie as (B, heads, T, L): a softmax over few tokens vectorises along the image.
-        scores = bmm(folded.flatten(1, 2), q.transpose(1, 2)) + bias.flatten(1)[..., None]
+        scores = bmm(folded, q.transpose(1, 2)) + bias[..., None]
         weights = scores.unflatten(1, (self.num_heads, -1)).softmax(dim=2).flatten(1, 2)
-        values = torch.einsum("bthd,chd->bhtc", self.split(self.v_proj(v)), wo).flatten(1, 2)
-        return bmm(weights.transpose(1, 2), values) + self.out_proj.bias
+        return bmm(weights.transpose(1, 2), self.folded_values(v)) + self.out_proj.bias
+
+    def folded_keys(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) to (B, heads * T, C): scaled, the queries' projection folded in; its bias, (B, heads * T)."""
+        wq = self.weight_by_heads(self.q_proj)
+        keys = self.scale * self.split(self.k_proj(k))
+        folded = torch.einsum("bthd,hdc->bhtc", keys, wq).flatten(1, 2)
+        bias = torch.einsum("bthd,hd->bht", keys, self.split(self.q_proj.bias))
+        return folded, bias.flatten(1)
+
+    def folded_values(self, v: Tensor) -> Tensor:
+        """(B, T, C) to (B, heads * T, C): projected, the last layer's projection folded in, not its bias."""
+        wo = self.split(self.out_proj.weight)
+        return torch.einsum("bthd,chd->bhtc", self.split(self.v_proj(v)), wo).flatten(1, 2)
 
     @torch.no_grad()
     def match_queries_to_keys(self, gain: float) -> None:
@@ -94,6 +124,16 @@ class Attention(nn.Module):
         self.k_proj.weight.copy_(self.q_proj.weight)
         nn.init.zeros_(self.q_proj.bias)
         nn.init.zeros_(self.k_proj.bias)
+
+
+def folds_in_cache(attention: Attention, tokens: Tensor, image: Tensor) -> bool:
+    """Whether `tokens_to_image` is the equal of an attention of (B, T, C) tokens to (B, L, C) image tokens."""
+    return (
+        is_plain_cpu(image)
+        and image.dtype == tokens.dtype
+        and is_plain(attention, of=Attention)
+        and attention.is_folded(tokens, image)
+    )
 
 
 class MLPBlock(nn.Module):
@@ -151,11 +191,58 @@ class TwoWayAttentionBlock(nn.Module):
         self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
     ) -> tuple[Tensor, Tensor]:
         queries = self.attend_to_each_other(queries, query_pe)
+        if self.looks_in_cache(queries, keys):
+            return self._look_in_cache(queries, keys, query_pe, key_pe)
         k = keys + key_pe
         queries = self.update(queries, self.cross_attn_token_to_image(queries + query_pe, k, keys))
         attended = self.cross_attn_image_to_token(k, queries + query_pe, queries)
         keys = self.norm4(keys + self.dropout(attended))
         return queries, keys
+
+    def looks_in_cache(self, queries: Tensor, keys: Tensor) -> bool:
+        """Whether `folded_looks` is the equal of the two cross-attentions and the norm after them."""
+        looks, looked = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        return (
+            is_plain(looked, of=Attention)
+            and is_plain(looked.q_proj, looked.out_proj)
+            and is_plain(self.dropout, of=nn.Dropout)
+            and not (self.dropout.training and self.dropout.p)
+            and folds_in_cache(looks, queries, keys)
+        )
+
+    def _look_in_cache(
+        self, queries: Tensor, keys: Tensor, query_pe: Tensor, key_pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        looks, looked = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        pooled, seen = tokens_to_image(looks.folded_queries(queries + query_pe), keys, key_pe)
+        queries = self.update(queries, looks.taken(pooled))
+        # Shares of a head sum to one, so that a part of the bias in every value adds up to all of it.
+        values = looked.folded_values(queries) + looked.out_proj.bias / looked.num_heads
+        look = LookBack(*looked.folded_keys(queries + query_pe), values)
+        keys = self.norm4(image_to_tokens(seen, key_pe, look, looked.num_heads))
+        return queries, keys
+
+    def look_first(
+        self, queries: Tensor, start: FirstImages, query_pe: Tensor, key_pe: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` where `looks_in_cache`, for image tokens that prompts share but for a few channels."""
+        queries = self.attend_to_each_other(queries, query_pe)
+        looks, looked = self.cross_attn_token_to_image, self.cross_attn_image_to_token
+        seen = start.images + key_pe
+        asked = looks.by_heads(looks.scale * looks.q_proj(queries + query_pe))
+        # Without the bias, which the softmax takes out again.
+        keys = looks.by_heads(linear(seen, looks.k_proj.weight)).mT
+        shares = start.scores(asked, keys, looks.weight_by_heads(looks.k_proj)).softmax(dim=-1)
+        taken = looks.by_heads(looks.v_proj(start.images))
+        taken = start.means(shares, taken, looks.weight_by_heads(looks.v_proj))
+        queries = self.update(queries, looks.out_proj(taken.transpose(1, 2).flatten(2)))
+        asked = looked.by_heads(looked.q_proj(seen)).mT
+        keys = looked.by_heads(looked.scale * looked.k_proj(queries + query_pe))
+        shares = start.scores(keys, asked, looked.weight_by_heads(looked.q_proj)).softmax(dim=2)
+        attended = start.plus(
+            shares.flatten(1, 2), looked.folded_values(queries), looked.out_proj.bias
+        )
+        return queries, self.norm4(attended)
 
     def attend_to_each_other(self, queries: Tensor, query_pe: Tensor) -> Tensor:
         """The tokens' self-attention."""
@@ -275,8 +362,38 @@ class TwoWayTransformer(nn.Module):
         """
         keys = image_embedding.flatten(2).transpose(1, 2)
         key_pe = image_pe.flatten(2).transpose(1, 2)
-        queries = point_embedding
-        for layer in self.layers:
-            queries, keys = layer(queries, keys, query_pe=point_embedding, key_pe=key_pe)
-        attended = self.final_attn_token_to_image(queries + point_embedding, keys + key_pe, keys)
+        return self._look_on(point_embedding, keys, point_embedding, key_pe, self.blocks())
+
+    def forward_shared(
+        self, start: FirstImages, image_pe: Tensor, point_embedding: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` for image tokens that prompts share but for a few channels, where `shares_first_layer`."""
+        key_pe = image_pe.flatten(2).transpose(1, 2)
+        first, *others = self.blocks()
+        queries, keys = first.look_first(point_embedding, start, point_embedding, key_pe)
+        return self._look_on(queries, keys, point_embedding, key_pe, others)
+
+    def shares_first_layer(self, images: Tensor, tokens: Tensor) -> bool:
+        """Whether the first layer may project (N, L, C) images instead of each prompt's image tokens."""
+        if not len(self.layers) or not is_plain(self, of=TwoWayTransformer):
+            return False
+        first = self.blocks()[0]
+        return is_plain(first, of=TwoWayAttentionBlock) and first.looks_in_cache(tokens, images)
+
+    def _look_on(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        query_pe: Tensor,
+        key_pe: Tensor,
+        layers: list[TwoWayAttentionBlock],
+    ) -> tuple[Tensor, Tensor]:
+        for layer in layers:
+            queries, keys = layer(queries, keys, query_pe=query_pe, key_pe=key_pe)
+        last = self.final_attn_token_to_image
+        if folds_in_cache(last, queries, keys):
+            pooled, seen = tokens_to_image(last.folded_queries(queries + query_pe), keys, key_pe)
+            attended, keys = last.taken(pooled), seen.image
+        else:
+            attended = last(queries + query_pe, keys + key_pe, keys)
         return self.norm_final_attn(queries + attended), keys

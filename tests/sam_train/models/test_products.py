@@ -8,8 +8,23 @@ from sam_train.models import products
 from sam_train.models.products import Linear, bmm, linear, linear_gelu, use_fast_linears
 
 needs_onednn = pytest.mark.skipif(
-    not products.takes_products(torch.zeros(1)), reason="this torch has no oneDNN linear"
+    products._ONEDNN is None or not torch.backends.mkldnn.is_available(),
+    reason="this torch has no oneDNN linear",
 )
+
+
+@pytest.fixture(autouse=True)
+def _whatever_processor_this_is(monkeypatch):
+    monkeypatch.setattr(products, "PREFERS_MKL", False)
+
+
+def test_where_mkl_is_preferred_all_products_are_torchs(monkeypatch):
+    monkeypatch.setattr(products, "PREFERS_MKL", True)
+    x, weight = torch.randn(2048, 64, requires_grad=True), torch.randn(64, 64)
+    batch = torch.randn(2, 512, 512)
+
+    assert "_Linear" not in type(linear(x, weight).grad_fn).__name__
+    assert torch.equal(products.products(batch, batch), torch.bmm(batch, batch))
 
 
 @needs_onednn

@@ -39,9 +39,7 @@ def test_every_form_and_its_gradients_are_those_of_stored_scores(
     monkeypatch.setattr(module, "CACHE_FLOATS", floats)
     monkeypatch.setattr(module, "STORED_TOKENS", 1 << 20 if "matrix" in form else 1)
     if form not in ("part of a head", "a few heads"):
-        monkeypatch.setattr(module, "takes_products", lambda _: False)
-    elif not module.takes_products(inputs[0]):
-        pytest.skip("this torch has no oneDNN linear")
+        monkeypatch.setattr(module, "is_plain_cpu", lambda _: False)
     pull = torch.randn(6, length, 16)
 
     expected, got = stored(*inputs), unstored(*inputs)
@@ -53,9 +51,8 @@ def test_every_form_and_its_gradients_are_those_of_stored_scores(
         assert relative_error(one, other) < 1e-5
 
 
-def test_no_tensor_of_all_scores_is_kept_for_the_backward_pass(inputs):
-    if not module.takes_products(inputs[0]):
-        pytest.skip("this torch has no oneDNN linear")
+def test_no_tensor_of_all_scores_is_kept_for_the_backward_pass(inputs, monkeypatch):
+    monkeypatch.setattr(module, "STORED_TOKENS", 1)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.append(t.numel()) or t, lambda t: t

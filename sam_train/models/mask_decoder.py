@@ -21,7 +21,9 @@ from sam_train.structures import MaskPrediction
 
 MIN_SHARING = 4
 MIN_SHARED_TOKENS = 16384
-"""Prompts an image, and image tokens of all of these, from which on projecting the image once saves time."""
+MIN_IMAGE_TOKENS = 1024
+"""Prompts an image, image tokens of all of these, and of one, from which on sharing the image through all layers
+saves time over sharing it before the first alone."""
 CHUNK_TOKENS = 16384
 """Image tokens of the prompts that are answered at a time."""
 
@@ -295,8 +297,11 @@ class MaskDecoder(nn.Module):
         # Which prompts are of which image is no part of a graph.
         if self.first_guess is not None or not runs_now():
             return False
-        least = max(MIN_SHARING, MIN_SHARED_TOKENS / images[0, 0].numel())
-        if len(sparse) < least * len(images) or not self._upscales_by_weights():
+        num_image_tokens = images[0, 0].numel()
+        least = max(MIN_SHARING, MIN_SHARED_TOKENS / num_image_tokens)
+        if num_image_tokens < MIN_IMAGE_TOKENS or len(sparse) < least * len(images):
+            return False
+        if not self._upscales_by_weights():
             return False
         # Another transformer is asked nothing that only this one knows.
         if type(self.transformer) is not TwoWayTransformer:

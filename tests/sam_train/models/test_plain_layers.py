@@ -81,6 +81,7 @@ def build(randomise):
 @pytest.fixture(autouse=True)
 def share_small_images(monkeypatch):
     monkeypatch.setattr(mask_decoder, "MIN_SHARED_TOKENS", 0)
+    monkeypatch.setattr(mask_decoder, "MIN_IMAGE_TOKENS", 0)
 
 
 @pytest.fixture

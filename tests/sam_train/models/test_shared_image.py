@@ -15,6 +15,7 @@ WIDTH, GRID = 64, 8
 @pytest.fixture(autouse=True)
 def share_small_images(monkeypatch):
     monkeypatch.setattr(mask_decoder, "MIN_SHARED_TOKENS", 0)
+    monkeypatch.setattr(mask_decoder, "MIN_IMAGE_TOKENS", 0)
 
 
 def build(randomise, *, depth=2, dropout=0.0):

@@ -183,6 +183,36 @@ class Receipt:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StoredSubmission:
+    """A submission as the store keeps it; its masks are rows of their own.
+
+    Attributes:
+        digest: of all that was sent, to tell the same submission from another of its id.
+    """
+
+    submission_id: str
+    task_id: str
+    version: int
+    annotator: str
+    digest: str
+    mask_ids: tuple[str, ...]
+    events: tuple[Event, ...]
+    seconds: float
+    received_at: float
+
+    @property
+    def receipt(self) -> Receipt:
+        """What its sender gets, each time."""
+        return Receipt(
+            submission_id=self.submission_id,
+            task_id=self.task_id,
+            annotator=self.annotator,
+            mask_ids=self.mask_ids,
+            received_at=self.received_at,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Round:
     """One step of the plan under way or done.
 
@@ -286,7 +316,7 @@ class Tombstone:
     Attributes:
         image_id: its hash.
         who: took it down, `reason`: why.
-        shards, models: what still holds it or has learnt from it, until `cleaned` says that it is gone.
+        shards, models: what held it or has learnt from it and is not cleaned yet (see `lineage.cleaned`).
     """
 
     image_id: str
@@ -296,3 +326,21 @@ class Tombstone:
     shards: tuple[str, ...] = ()
     models: tuple[str, ...] = ()
     created_at: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lineage:
+    """All that came from one image, by id, number or path.
+
+    Attributes:
+        models: those that saw a shard with it, and those trained on from these.
+        shards: of the engine's own.
+    """
+
+    image_id: str
+    tasks: tuple[str, ...]
+    masks: tuple[str, ...]
+    reviews: tuple[str, ...]
+    rounds: tuple[int, ...]
+    models: tuple[str, ...]
+    shards: tuple[str, ...]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -61,9 +62,10 @@ class Desk:
         Raises:
             ValueError: an image is not registered.
         """
+        now = self.clock()
         try:
             with self.store.write() as connection:
-                return leases.add_tasks(connection, tasks)
+                return leases.add_tasks(connection, (replace(task, created_at=now) for task in tasks))
         except IntegrityError as error:
             raise ValueError(
                 "no task was added: an image of theirs is not registered, or was taken down"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -65,8 +67,9 @@ def make_engine(url: str | Path, *, create: bool = False, busy_timeout_s: float 
 
 def where(engine: Engine) -> str:
     """The database's name for messages, without a password."""
-    hidden = engine.url.render_as_string(hide_password=True)
-    return str(engine.url.query.get("path", hidden)) if engine.name == "sqlite" else hidden
+    if engine.name == "sqlite":
+        return str(engine.url.database)
+    return engine.url.render_as_string(hide_password=True)
 
 
 @contextmanager
@@ -121,11 +124,8 @@ def _sqlite(path: Path, create: bool, busy_timeout_s: float) -> Engine:
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
-    engine = create_engine(
-        make_url("sqlite://").update_query_dict({"path": str(path)}),
-        creator=connect,
-        max_overflow=-1,
-    )
+    url = URL.create("sqlite", database=str(path))
+    engine = create_engine(url, creator=connect, max_overflow=-1, json_serializer=_plain_json)
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -138,6 +138,11 @@ def _sqlite(path: Path, create: bool, busy_timeout_s: float) -> Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
 
     return engine
+
+
+def _plain_json(value: Any) -> str:
+    """JSON that PostgreSQL takes too: no NaN."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -153,6 +158,7 @@ def _postgresql(text: str, busy_timeout_s: float) -> Engine:
     try:
         return create_engine(
             url,
+            json_serializer=_plain_json,
             pool_pre_ping=True,  # a server may have been started anew
             max_overflow=-1,
             connect_args={

@@ -71,15 +71,9 @@ def withdraw(connection: Connection, task_ids: list[str]) -> int:
     return connection.execute(update(tasks).where(chosen).values(**values)).rowcount
 
 
-def submission_of(
-    connection: Connection, *, submission_id: str | None = None, task_id: str | None = None
-) -> StoredSubmission | None:
-    """What was handed in under an id, or for a task."""
-    query = select(submissions)
-    if submission_id is not None:
-        query = query.where(submissions.c.submission_id == submission_id)
-    if task_id is not None:
-        query = query.where(submissions.c.task_id == task_id)
+def submission_of(connection: Connection, submission_id: str) -> StoredSubmission | None:
+    """What was handed in under an id."""
+    query = select(submissions).where(submissions.c.submission_id == submission_id)
     row = connection.execute(query).one_or_none()
     return None if row is None else from_row(StoredSubmission, row)
 

@@ -65,7 +65,9 @@ class Desk:
         now = self.clock()
         try:
             with self.store.write() as connection:
-                return leases.add_tasks(connection, (replace(task, created_at=now) for task in tasks))
+                return leases.add_tasks(
+                    connection, (replace(task, created_at=now) for task in tasks)
+                )
         except IntegrityError as error:
             raise ValueError(
                 "no task was added: an image of theirs is not registered, or was taken down"

@@ -94,25 +94,31 @@ class Store:
         column = schema.tombstones.c.image_id
         return set(connection.scalars(select(column).where(column.in_(image_ids))))
 
-    def known(self, image_ids: Sequence[str]) -> tuple[set[str], set[str]]:
-        """Those that are registered, and those that were taken down."""
+    def taken_down(self, image_ids: Sequence[str]) -> set[str]:
+        """Those of these that were taken down."""
         with self.read() as connection:
-            column = schema.images.c.id
-            found: set[str] = set()
-            gone: set[str] = set()
-            for chunk in chunks(image_ids, CHUNK):
-                found.update(connection.scalars(select(column).where(column.in_(chunk))))
-                gone |= self._gone(connection, chunk)
-        return found, gone
+            return set().union(*(self._gone(connection, ids) for ids in chunks(image_ids, CHUNK)))
 
-    def taken_keys(self, keys: Sequence[str]) -> dict[str, str]:
-        """The ids of the images that have these keys already, by key."""
-        table, taken = schema.images.c, dict[str, str]()
+    def images_by_id(self, image_ids: Sequence[str]) -> dict[str, Image]:
+        """Those of these that are registered."""
+        return self._images_by("id", image_ids)
+
+    def images_by_key(self, keys: Sequence[str]) -> dict[str, Image]:
+        """The images that have these keys."""
+        return self._images_by("key", keys)
+
+    def _images_by(self, name: str, values: Sequence[str]) -> dict[str, Image]:
+        found: dict[str, Image] = {}
         with self.read() as connection:
-            for chunk in chunks(keys, CHUNK):
-                rows = connection.execute(select(table.key, table.id).where(table.key.in_(chunk)))
-                taken.update((key, image_id) for key, image_id in rows)
-        return taken
+            for chunk in chunks(values, CHUNK):
+                query = select(schema.images).where(schema.images.c[name].in_(chunk))
+                for row in connection.execute(query):
+                    found[row._mapping[name]] = from_row(Image, row)
+        return found
+
+    def put_image(self, image: Image) -> None:
+        """Stores an image as it now is, where it lies elsewhere say."""
+        self._put(schema.images, to_row(image))
 
     def image(self, image_id: str) -> Image:
         """One image.

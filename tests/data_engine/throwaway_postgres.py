@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 NOT_INSTALLED = 3
-WAIT_S = 60
+WAIT_S = 300  # where many tests share a core
 IN_A_HURRY = ("fsync=off", "synchronous_commit=off", "full_page_writes=off")
 
 
@@ -30,6 +30,8 @@ def main() -> int:
     initdb = shutil.which("initdb") or (found[-1] if found else None)
     if initdb is None:
         return NOT_INSTALLED
+    # However it is told to end, the server and its folder are not left behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     programs = Path(initdb).resolve().parent
     with tempfile.TemporaryDirectory(prefix="sam-train-pg-") as folder:
         settings = ["max_connections=60", "listen_addresses="]
@@ -59,7 +61,10 @@ def start(programs: Path, folder: Path, settings: list[str]) -> subprocess.Popen
     run = [programs / "postgres", "-D", data, "-k", folder]
     run += [word for setting in settings for word in ("-c", setting)]
     with (folder / "log").open("wb") as log:
-        return subprocess.Popen(run, stdout=log, stderr=log, cwd=folder, **as_user)  # type: ignore[call-overload]
+        # In a session of its own: Ctrl-C in a terminal is for the tests, which then end it.
+        return subprocess.Popen(  # type: ignore[call-overload]
+            run, stdout=log, stderr=log, cwd=folder, start_new_session=True, **as_user
+        )
 
 
 def wait_for(programs: Path, folder: str, server: subprocess.Popen[bytes]) -> None:

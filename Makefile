@@ -59,7 +59,7 @@ quickstart: .venv/core
 postgresql:
 	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 \
 	  || [ "$$(id -u)" != 0 ] || ! command -v apt-get >/dev/null \
-	  || { echo "installing PostgreSQL for its tests"; export DEBIAN_FRONTEND=noninteractive; \
+	  || { export DEBIAN_FRONTEND=noninteractive; \
 	    apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql; } >/dev/null 2>&1 \
 	  || echo "no PostgreSQL: its tests are skipped"
 

@@ -174,7 +174,8 @@ def annotate(url: str, folder: Path, name: str, load: Load, life: int) -> None:
     desk = Desk(open_store(url), lease_s=LEASE_S)
     rng = random.Random(f"{load.seed}/{name}/{life}")
     with (folder / f"{name}.receipts").open("a", buffering=1) as receipts:
-        while True:
+        parent = multiprocessing.parent_process()
+        while parent is None or parent.is_alive():
             task = desk.next_task(name)
             if task is None:
                 if set(desk.store.count_tasks()) <= {"done"}:

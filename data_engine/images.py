@@ -158,7 +158,7 @@ def _register_chunk(
             log.warning("%s was taken down and is left out", one.found.name)
             result.taken_down.append(one.found.name)
         elif other is not None:
-            _meet_again(store, one, other, result)
+            known[one.image_id] = _meet_again(store, one, other, result)
         else:
             key = next(key for key in _keys(one) if taken.get(key, one.image_id) == one.image_id)
             taken[key] = one.image_id
@@ -168,7 +168,7 @@ def _register_chunk(
 
 def _keys(one: _Examined) -> tuple[str, str]:
     """Names for an image in shards, the better first; the second is its own whatever others are called."""
-    stem = os.path.splitext(os.path.basename(one.found.name))[0]
+    stem = os.path.splitext(os.path.basename(one.found.member or one.found.path))[0]
     plain = re.sub(r"[^\w-]+", "_", stem) or "image"
     return plain, f"{plain}-{one.image_id[:16]}"
 
@@ -188,20 +188,26 @@ def _image(one: _Examined, key: str, held_out: float, now: float) -> Image:
     )
 
 
-def _meet_again(store: Store, one: _Examined, other: Image, result: Registration) -> None:
-    """The same bytes as an image that is registered: the same file, a copy, or it was moved."""
+def _meet_again(store: Store, one: _Examined, other: Image, result: Registration) -> Image:
+    """The same bytes as an image that is registered: the same file, a copy, or it was moved.
+
+    Returns:
+        The image as it is now registered.
+    """
     here = (one.found.path, one.found.member, one.found.offset)
     if here == (other.path, other.member, other.offset):
         result.num_known += 1
-        return
+        return other
     path = local_path(other.path)
     if here[:2] == (other.path, other.member) or (path is not None and not os.path.exists(path)):
-        store.put_image(replace(other, path=here[0], member=here[1], offset=here[2]))
+        other = replace(other, path=here[0], member=here[1], offset=here[2])
+        store.put_image(other)
         log.info("%s has moved to %s", other.key, one.found.name)
         result.moved.append(one.found.name)
     else:
         log.warning("%s is left out: it equals %s", one.found.name, other.key)
         result.duplicates.append((one.found.name, other.key))
+    return other
 
 
 def image_bytes(image: Image) -> bytes:

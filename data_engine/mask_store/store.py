@@ -137,9 +137,7 @@ class Store:
 
     def num_images(self, *, held_out: bool | None = None) -> int:
         """How many `images` gives."""
-        query = _chosen(schema.images, held_out=held_out).with_only_columns(func.count())
-        with self.read() as connection:
-            return int(connection.scalar(query) or 0)
+        return self._count(_chosen(schema.images, held_out=held_out))
 
     def task(self, task_id: str) -> Task | None:
         """One task."""
@@ -181,9 +179,7 @@ class Store:
 
     def num_masks(self, *, round: int | None = None, source: str | None = None) -> int:
         """How many masks there are."""
-        query = _chosen(schema.masks, round=round, source=source).with_only_columns(func.count())
-        with self.read() as connection:
-            return int(connection.scalar(query) or 0)
+        return self._count(_chosen(schema.masks, round=round, source=source))
 
     def submissions(self, *, round: int | None = None) -> Iterator[StoredSubmission]:
         """What was handed in, with its events, by task; streamed."""
@@ -280,6 +276,12 @@ class Store:
     def _put(self, table: Table, row: dict[str, Any]) -> None:
         with self.write() as connection:
             put(connection, table, row)
+
+    def _count(self, query: Select[Any]) -> int:
+        with self.read() as connection:
+            return connection.execute(
+                select(func.count()).select_from(query.subquery())
+            ).scalar_one()
 
     def _one(self, kind: type[Record], table: Table, **values: Any) -> Record | None:
         with self.read() as connection:

@@ -1,0 +1,94 @@
+"""A store of each kind, and work in it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy.engine import make_url
+
+from data_engine.mask_store.store import Store, open_store
+from data_engine.records import Image
+from data_engine.tasks import Desk
+
+SERVER = Path(__file__).with_name("throwaway_postgres.py")
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a PostgreSQL server that ends with the tests, however these end."""
+    with subprocess.Popen(
+        [sys.executable, SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None and server.stdout is not None
+        url = server.stdout.readline().strip()
+        if not url:
+            if server.wait() == 3:
+                pytest.skip("no PostgreSQL: `apt-get install postgresql` to run this test")
+            pytest.fail("PostgreSQL did not start; it says why above")
+        yield url
+        server.stdin.close()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """The URL of an empty database."""
+    name = f"test_{uuid.uuid4().hex}"
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+        yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store can be made, of each kind."""
+    if request.param == "sqlite":
+        return str(tmp_path / "engine.sqlite")
+    return str(request.getfixturevalue("postgres_url"))
+
+
+@pytest.fixture
+def store(store_url: str) -> Iterator[Store]:
+    """An empty store."""
+    store = open_store(store_url, create=True)
+    yield store
+    store.close()
+
+
+class Clock:
+    """Stands still until a test moves it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def desk(store: Store, clock: Clock) -> Desk:
+    """A desk with leases of 60 s over a store with the images a, b and c of 8 x 6 px (width x height)."""
+    store.add_images(make_image(name) for name in "abc")
+    return Desk(store, clock=clock, lease_s=60)
+
+
+def make_image(name: str, **values: object) -> Image:
+    fields = {"key": name, "width": 8, "height": 6, "path": f"/images/{name}.jpg"}
+    return Image(id=name, **(fields | values))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def image() -> Callable[..., Image]:
+    """`image("a", held_out=True)`: a record of an image of 8 x 6 px."""
+    return make_image

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -66,8 +67,8 @@ def read_reduced(path: Path, size: tuple[int, int], shrink: int) -> tuple[Image.
     return decode_reduced(path.read_bytes(), size, shrink)
 
 
-def header_size(path: Path) -> tuple[int, int]:
-    """The (H, W) of an image file, which is not decoded.
+def header_size(path: Path | IO[bytes]) -> tuple[int, int]:
+    """The (H, W) of an image file, by path or opened, which is not decoded.
 
     Raises:
         ValueError: it is no image.

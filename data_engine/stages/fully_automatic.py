@@ -112,8 +112,9 @@ class AutomaticStage:
             ValueError: `out` holds something else; `before` returns no such image.
             OSError: nothing can be written there.
         """
+        model_name = model_id(model)
         made_with = {
-            "model": model_id(model),
+            "model": model_name,
             "round": round_number,
             "stage": {name: settings[name] for name in DECISIVE if name in settings},
         }
@@ -124,7 +125,7 @@ class AutomaticStage:
             before=self.before,
             quality=self.quality,
             limits=self.limits,
-            model=made_with["model"],
+            model=model_name,
             round_number=round_number,
         )
         worker = Worker(labeller, plan, out, share or Share(), self.max_bad_fraction)

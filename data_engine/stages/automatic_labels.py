@@ -87,7 +87,8 @@ class Labeller:
         """What is done to the image files, in words."""
         if self.before is None:
             return "untouched"
-        named = self.before if hasattr(self.before, "__qualname__") else type(self.before)
+        named: Any = getattr(self.before, "func", self.before)  # what a partial calls
+        named = named if hasattr(named, "__qualname__") else type(named)
         return f"encoded anew after {named.__module__}.{named.__qualname__}"
 
     def _changed(self, image: ShardImage) -> np.ndarray:

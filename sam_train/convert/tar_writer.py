@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import secrets
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,8 @@ class TarWriter:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.num_bytes = 0
-        self._unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+        # A process's number is not enough: in containers many machines count from 1.
+        self._unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}.unfinished")
         self._file = _Summed(self._unfinished)
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
@@ -41,6 +43,11 @@ class TarWriter:
         self._file.close()
         self._unfinished.replace(self.path)
         return size, self._file.sum.hexdigest()
+
+    def abandon(self) -> None:
+        """Leaves nothing behind; for what was not finished, or failed to be."""
+        self._file.close()
+        self._unfinished.unlink(missing_ok=True)
 
 
 class _Summed(io.FileIO):

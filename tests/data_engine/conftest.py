@@ -1,12 +1,13 @@
-"""A store of each kind, and work in it."""
+"""A store of each kind, and work in it; shards of small images, and the automatic stage made small."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -15,8 +16,15 @@ from sqlalchemy.engine import make_url
 from data_engine.mask_store.store import Store, open_store
 from data_engine.records import Image
 from data_engine.tasks import Desk
+from sam_train import config
+from sam_train.checkpoints.load import load_model
+from sam_train.convert.tar_writer import TarWriter
+from sam_train.data.shards import encode_record
+from sam_train.models.sam import Sam
+from sam_train.structures import ImageRecord
 
 SERVER = Path(__file__).with_name("throwaway_postgres.py")
+WriteShard = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -92,3 +100,40 @@ def make_image(name: str, **values: object) -> Image:
 def image() -> Callable[..., Image]:
     """`image("a", held_out=True)`: a record of an image of 8 x 6 px."""
     return make_image
+
+
+@pytest.fixture(scope="session")
+def built_in_sam() -> Sam:
+    """The model of the weights that are built in."""
+    return load_model("sam_tiny")
+
+
+@pytest.fixture
+def write_shard(synthetic_scenes: Sequence[ImageRecord]) -> WriteShard:
+    """`write_shard(path, num_images)`: scenes with their masks; `masks=False` leaves the JSON out."""
+
+    def write(path: Path, num_images: int = 3, *, masks: bool = True, first: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tar = TarWriter(path)
+        for number in range(first, first + num_images):
+            scene = synthetic_scenes[number % len(synthetic_scenes)]
+            files = encode_record(scene, image_id=1000 + number)
+            if not masks:
+                del files["json"]
+            tar.add(f"{path.stem}_{number}", files)
+        tar.finish()
+        return path
+
+    return write
+
+
+@pytest.fixture
+def stage_node() -> Callable[..., dict[str, Any]]:
+    """`stage_node("limits.judged_after=2", ...)`: the stage's node as the command would have it."""
+
+    def node(*overrides: str) -> dict[str, Any]:
+        small = ["images=none", "+stage=automatic", "preset=sam_tiny", "preset.points_per_side=4"]
+        cfg = config.compose("segment", [*small, *overrides])
+        return config.plain(cfg.stage, resolve=True)
+
+    return node

@@ -200,9 +200,7 @@ def _build_training(
     module = config.instantiate(cfg.task)
     module.model_config = config.plain(cfg.model, resolve=True)  # travels in its checkpoints
     if weights is not None:
-        from sam_train.checkpoints.load import load_weights
-
-        load_weights(module.model, weights)
+        module.start_from(weights)
     freeze(module.model, cfg.finetune)
     data = config.instantiate(cfg.data)
     callbacks = dict(cfg.callbacks or {})

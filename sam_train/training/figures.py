@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,27 +18,20 @@ from sam_train.structures import ImageRecord
 if TYPE_CHECKING:
     from sam_train.training.interactive import InteractiveTraining
 
-PANELS = (
-    ("loss", ("train/loss", "train/guess_loss", "train/played_loss")),
-    ("IoU in training", ("train/iou_point", "train/iou_box")),
-    ("IoU in validation", ("val/mean_iou@1", "val/mean_iou@3", "val/box_mean_iou")),
-    (
-        "gradient norm, unclipped",
-        ("grad_norm/image_encoder", "grad_norm/prompt_encoder", "grad_norm/mask_decoder"),
-    ),
-)
+Panels = Sequence[tuple[str, Sequence[str]]]
+"""Titles, and the columns of `metrics.csv` below them."""
 SMOOTHED_OVER = 0.02
 """Share of a curve that is averaged around each point; the raw values stay visible behind."""
 
 
-def draw_curves(path: Path, metrics_csv: Path) -> None:
-    """Draws what `metrics.csv` holds so far."""
+def draw_curves(path: Path, metrics_csv: Path, panels_of_run: Panels) -> None:
+    """Draws what `metrics.csv` holds so far, in the panels of the task."""
     if not metrics_csv.exists():
         return
     with metrics_csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, panels = new_figure(1, len(PANELS), panel_in=(4.2, 3.2))
-    for panel, (title, names) in zip(np.ravel(panels), PANELS, strict=True):
+    figure, panels = new_figure(1, len(panels_of_run), panel_in=(4.2, 3.2))
+    for panel, (title, names) in zip(np.ravel(panels), panels_of_run, strict=True):
         for index, name in enumerate(names):
             points = [(float(r["step"]), float(r[name])) for r in rows if r.get(name)]
             if not points:

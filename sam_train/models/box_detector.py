@@ -22,7 +22,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign
 
 from sam_train.models.common import LayerNorm2d
-from sam_train.models.sam import SAM_PIXEL_MEAN, SAM_PIXEL_STD, normalised
+from sam_train.models.sam import SAM_PIXEL_MEAN, SAM_PIXEL_STD, Sam, normalised
 from sam_train.ops.coords import preprocess_shape, to_original_frame
 from sam_train.ops.resize import resize_longest_side
 from sam_train.structures import DetectedBoxes, ImageFeatures
@@ -101,7 +101,7 @@ class BoxDetector(nn.Module):
     def detect(
         self, images: Sequence[np.ndarray], *, min_score: float = 0.0
     ) -> list[DetectedBoxes]:
-        """Finds the objects of a batch of images of any sizes, which is computed at once.
+        """Finds the objects of a batch of images of any sizes, computed at once; in eval mode only.
 
         Args:
             images: (H, W, 3) uint8 RGB each.
@@ -140,13 +140,8 @@ class BoxDetector(nn.Module):
         min_score: float,
     ) -> list[DetectedBoxes]:
         sizes = [preprocess_shape(height, width, self.img_size) for height, width in original_sizes]
-        modes = {module: module.training for module in (self.rpn, self.roi_heads)}
-        for module in modes:
-            module.eval()
         with torch.autocast(self.device.type, enabled=False):
             found, _ = self._heads(levels, torch.tensor(sizes), None)
-        for module, mode in modes.items():
-            module.train(mode)
         detected = []
         for one, original, size in zip(found, original_sizes, sizes, strict=True):
             is_kept = one["scores"] >= min_score
@@ -174,15 +169,13 @@ class EncoderBoxDetector(BoxDetector):
     """On the image embeddings of a Sam, whose encoder stays as it is.
 
     Args:
-        image_encoder: the Sam's; has `img_size`, `stride` and `out_chans`.
+        sam: whose image encoder and normalisation are taken.
         width: channels of the pyramid's levels.
         hidden_dim: width of the box head.
         num_levels: levels, from stride 4 on, each twice as coarse as the one before.
         anchor_cells: sides of the anchors, in cells of their level.
         aspect_ratios: height over width of the anchors, each at every side.
         max_boxes: found in an image at most.
-        pixel_mean: of each channel, on the scale of 0 to 255; the Sam's.
-        pixel_std: likewise.
     """
 
     image_encoder: Any
@@ -190,16 +183,15 @@ class EncoderBoxDetector(BoxDetector):
     def __init__(
         self,
         *,
-        image_encoder: Any,
+        sam: Sam,
         width: int = 64,
         hidden_dim: int = 256,
         num_levels: int = 5,
         anchor_cells: Sequence[float] = (2.0, 3.0),
         aspect_ratios: Sequence[float] = (0.5, 1.0, 2.0),
         max_boxes: int = 500,
-        pixel_mean: Sequence[float] = SAM_PIXEL_MEAN,
-        pixel_std: Sequence[float] = SAM_PIXEL_STD,
     ) -> None:
+        image_encoder = sam.image_encoder
         pyramid = EmbeddingPyramid(
             embed_dim=image_encoder.out_chans,
             high_res_dim=getattr(image_encoder, "high_res_chans", 0),
@@ -211,7 +203,9 @@ class EncoderBoxDetector(BoxDetector):
         sides = [tuple(cells * stride for cells in anchor_cells) for stride in pyramid.strides]
         rcnn = FasterRCNN(
             pyramid,
-            rpn_anchor_generator=AnchorGenerator(tuple(sides), (tuple(aspect_ratios),) * num_levels),
+            rpn_anchor_generator=AnchorGenerator(
+                tuple(sides), (tuple(aspect_ratios),) * num_levels
+            ),
             rpn_pre_nms_top_n_train=1000,
             rpn_post_nms_top_n_train=1000,
             rpn_pre_nms_top_n_test=1000,
@@ -225,7 +219,10 @@ class EncoderBoxDetector(BoxDetector):
             box_detections_per_img=max_boxes,
         )
         super().__init__(
-            rcnn=rcnn, img_size=image_encoder.img_size, pixel_mean=pixel_mean, pixel_std=pixel_std
+            rcnn=rcnn,
+            img_size=image_encoder.img_size,
+            pixel_mean=sam.pixel_mean.flatten().tolist(),
+            pixel_std=sam.pixel_std.flatten().tolist(),
         )
         self.image_encoder = image_encoder.requires_grad_(False).eval()
 

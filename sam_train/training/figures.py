@@ -11,15 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sam_train.metrics.click_rollout import trace_clicks
+from sam_train.ops import drawing
+from sam_train.ops.boxes import xywh_to_xyxy
 from sam_train.ops.drawing import click_strip, new_figure, save_figure, save_image, tiled
 from sam_train.ops.rle import decode
 from sam_train.structures import ImageRecord
 
 if TYPE_CHECKING:
+    from sam_train.models.box_detector import BoxDetector
     from sam_train.training.interactive import InteractiveTraining
 
 Panels = Sequence[tuple[str, Sequence[str]]]
 """Titles, and the columns of `metrics.csv` below them."""
+BOX_PANEL_PX = 480
+"""Longer side of an image with boxes."""
 SMOOTHED_OVER = 0.02
 """Share of a curve that is averaged around each point; the raw values stay visible behind."""
 
@@ -73,3 +78,25 @@ def draw_clicks(
         strips.append(click_strip(record.image, gt_mask, steps, caption=record.key))
     if strips:
         save_image(path, tiled(strips, columns=1))
+
+
+def draw_boxes(
+    path: Path,
+    detector: BoxDetector,
+    records: Iterable[ImageRecord],
+    number: int,
+    *,
+    min_score: float,
+) -> None:
+    """Draws the objects of `number` images, and beside them the boxes of at least this score."""
+    pairs: list[np.ndarray] = []
+    for record in itertools.islice(records, number):
+        (found,) = detector.detect([record.image], min_score=min_score)
+        truth = np.array([own.bbox for own in record.annotations if own.area > 0]).reshape(-1, 4)
+        scale = BOX_PANEL_PX / max(record.size)
+        shown = drawing.resized(record.image, scale)
+        for boxes, what in ((xywh_to_xyxy(truth), "objects"), (found.boxes.cpu().numpy(), "found")):
+            panel = drawing.draw_boxes(shown, boxes * scale, line_px=1)
+            pairs.append(drawing.captioned(panel, f"{record.key}: {len(boxes)} {what}"))
+    if pairs:
+        save_image(path, tiled(pairs, columns=2))

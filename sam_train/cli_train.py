@@ -147,6 +147,7 @@ def imagined(cfg: DictConfig) -> tuple[Any, Any]:
 
     from sam_train.training.distillation import Teacher
     from sam_train.training.finetune import freeze
+    from sam_train.training.interactive import InteractiveTraining
     from sam_train.training.step_cost import Run
 
     given = {}
@@ -156,6 +157,11 @@ def imagined(cfg: DictConfig) -> tuple[Any, Any]:
         given["teacher"] = Teacher.without_weights(**node)
     with torch.device("meta"):
         module = config.instantiate(cfg.task, **given)
+    if not isinstance(module, InteractiveTraining):
+        raise ValueError(
+            "estimate=true and data.batch_size=auto know what prompts cost, not what this task does: "
+            "state data.batch_size, and try a few steps with trainer.max_steps=20"
+        )
     freeze(module.model, cfg.finetune)
     most_masks = cfg.data.batch_size * _max_masks(cfg.data)
     run = Run.of_trainer(
@@ -198,11 +204,10 @@ def _build_training(
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     module = config.instantiate(cfg.task)
-    module.model_config = config.plain(cfg.model, resolve=True)  # travels in its checkpoints
+    # Travels in its checkpoints.
+    module.model_config = config.plain(cfg.task.get("model", cfg.model), resolve=True)
     if weights is not None:
-        from sam_train.checkpoints.load import load_weights
-
-        load_weights(module.model, weights)
+        module.start_from(weights)
     freeze(module.model, cfg.finetune)
     data = config.instantiate(cfg.data)
     callbacks = dict(cfg.callbacks or {})

@@ -65,6 +65,18 @@ class MaskPrediction(NamedTuple):
     iou_predictions: Tensor
 
 
+class DetectedBoxes(NamedTuple):
+    """What a detector found in one image, best first.
+
+    Attributes:
+        boxes: (K, 4) float xyxy edges, original frame.
+        scores: (K,) float, in [0, 1].
+    """
+
+    boxes: Tensor
+    scores: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
     """One mask of an image, as in SA-1B's JSON; original frame.

@@ -32,6 +32,15 @@ def build_model(node: Mapping[str, Any]) -> Sam:
     return model
 
 
+def build_part(node: Any) -> Any:
+    """`build_model` for any model of the project, or a plain value that describes none.
+
+    Raises:
+        ValueError: as `build_model`.
+    """
+    return _build(node)
+
+
 def model_config(
     name: str, overrides: Sequence[str] = (), *, config_dir: str | Path | None = None
 ) -> dict[str, Any]:

@@ -35,6 +35,8 @@ from sam_train.checkpoints.sam_sizes import SamSizes
 
 RECORD_KEY = "sam_train"
 """The key under which our `.ckpt` files say which model they hold."""
+DETECTOR_KEY = "detector"
+"""Within that record, the description of a box detector in the place of a model's."""
 FORMAT_VERSION = 1
 
 BUILT_IN = {"sam_tiny": Path(__file__).parents[1] / "weights" / "sam_tiny.ckpt"}
@@ -148,6 +150,11 @@ def _read_own(path: Path, content: dict[str, Any]) -> Checkpoint:
     if not isinstance(record, dict) or not isinstance(state, dict):
         raise CheckpointError(
             f"{path} is damaged: its record {RECORD_KEY!r} or state_dict is no dict"
+        )
+    if DETECTOR_KEY in record:
+        raise CheckpointError(
+            f"{path} holds a box detector, not a Sam: load_detector reads it, and the Sam below it has a "
+            "checkpoint of its own"
         )
     if record.get("format") != FORMAT_VERSION or not isinstance(record.get("model"), dict):
         raise CheckpointError(

@@ -63,6 +63,24 @@ def load_weights(model: nn.Module, path: str | Path, *, inflate_channels: bool =
     _fill(model, read_checkpoint(path), inflate_channels=inflate_channels)
 
 
+def load_encoder(model: nn.Module, path: str | Path) -> None:
+    """Puts a checkpoint's image encoder into a model that has one of its sizes as `image_encoder`.
+
+    Args:
+        model: whatever else it has stays as it is.
+        path: as for `load_model`.
+    """
+    checkpoint = read_checkpoint(path)
+    prefix = "image_encoder."
+    expected, tensors = (
+        {name: tensor for name, tensor in given.items() if name.startswith(prefix)}
+        for given in (model.state_dict(), checkpoint.tensors)
+    )
+    if problems := _problems(checkpoint, expected, tensors):
+        raise CheckpointError(f"{checkpoint.path} does not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(tensors, strict=False)
+
+
 def stored_config(path: str | Path, changes: Mapping[str, Any]) -> dict[str, Any]:
     """The description of the model that a checkpoint holds, to build it and train on.
 

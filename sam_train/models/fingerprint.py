@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,15 @@ from torch import Tensor
 from sam_train.models.sam import Sam
 
 
-def encoder_id(model: Sam) -> str:
+class HasEncoder(Protocol):
+    """A Sam, or what else has its image encoder and shows it images as a Sam does."""
+
+    image_encoder: Any
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+
+def encoder_id(model: HasEncoder) -> str:
     """32 hexadecimal digits of the encoder's weights, its input size and its normalisation."""
     return _digest(model, dict(model.image_encoder.state_dict()))
 
@@ -20,7 +29,7 @@ def model_id(model: Sam) -> str:
     return _digest(model, dict(model.state_dict()))
 
 
-def _digest(model: Sam, tensors: dict[str, Tensor]) -> str:
+def _digest(model: HasEncoder, tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     encoder = model.image_encoder
     tensors |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}

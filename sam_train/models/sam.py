@@ -102,11 +102,7 @@ class Sam(nn.Module):
             images: (N, 3, S, S), 0 to 255, of any dtype; padded at the bottom and right.
             input_sizes: (N, 2) the (H, W) that is not padding.
         """
-        x = (images - self.pixel_mean) / self.pixel_std
-        rows = torch.arange(x.shape[-2], device=x.device) < input_sizes[:, :1]
-        columns = torch.arange(x.shape[-1], device=x.device) < input_sizes[:, 1:]
-        # The padding is zero after normalisation, as in `preprocess`.
-        x = x * (rows[:, :, None] & columns[:, None, :])[:, None]
+        x = normalised(images, input_sizes, self.pixel_mean, self.pixel_std)
         return ImageFeatures(self.image_encoder(x))
 
     def decode(
@@ -208,3 +204,14 @@ class Sam(nn.Module):
             "iou_predictions": iou_predictions,
             "low_res_logits": low_res_masks,
         }
+
+
+def normalised(
+    images: Tensor, input_sizes: Tensor, pixel_mean: Tensor, pixel_std: Tensor
+) -> Tensor:
+    """A padded batch as an encoder is shown it: (N, 3, S, S) of 0 to 255, with (N, 2) sizes."""
+    x = (images - pixel_mean) / pixel_std
+    rows = torch.arange(x.shape[-2], device=x.device) < input_sizes[:, :1]
+    columns = torch.arange(x.shape[-1], device=x.device) < input_sizes[:, 1:]
+    # The padding is zero after normalisation, as in `preprocess`.
+    return x * (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from sam_train.structures import ImageBatch, ImageRecord
 from sam_train.training import figures, run_folder
-from sam_train.training.interactive import InteractiveTraining
+from sam_train.training.module import TrainingModule
 from sam_train.training.optim import parameter_table
 from sam_train.training.saving import BestCheckpoint, validation_is_due
 from sam_train.training.weight_average import WeightAverage
@@ -25,8 +25,6 @@ from sam_train.training.weight_average import WeightAverage
 log = logging.getLogger(__name__)
 
 Callback = TypeVar("Callback", bound=lightning.Callback)
-HEADLINE = ("mean_iou@1", "mean_iou@3", "oracle_mean_iou@1", "box_mean_iou")
-"""The scores that are told in the log, at the start and at the end."""
 
 
 class GradientNorms(lightning.Callback):
@@ -138,14 +136,14 @@ class Report(lightning.Callback):
         if trainer.is_global_zero:
             log.info("parameters\n%s", parameter_table(pl_module.model))
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         if not trainer.enable_validation:
             return
         if not self.start:
             with _averaged(trainer, pl_module):
                 self.start = _validate(trainer, pl_module)
             self._log(trainer, self.start)
-            self._note("at the start", self.start)
+            self._note("at the start", self._headline(pl_module, self.start))
         elif validation_is_due(trainer) and self._latest_step != trainer.global_step:
             # The run was told to stop before it, and Lightning takes it for done.
             self._catch_up(trainer, pl_module)
@@ -155,14 +153,14 @@ class Report(lightning.Callback):
                 )
                 stopping.on_validation_end(trainer, pl_module)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         if trainer.sanity_checking:
             return
         self.latest = pl_module.val_metrics.compute()
         self._latest_step = trainer.global_step
         self._draw(trainer, pl_module)
 
-    def on_fit_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         # Not earlier: the last checkpoint is then on disk, and a run that was stopped between it and its
         # report has no step left to train, so that Lightning calls nothing else.
         pl_module.to(trainer.strategy.root_device)
@@ -175,7 +173,7 @@ class Report(lightning.Callback):
         if trainer.is_global_zero:
             self._finish(trainer, pl_module)
 
-    def _catch_up(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def _catch_up(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         """Validates outside Lightning's loop."""
         with _averaged(trainer, pl_module):
             self.latest = _validate(trainer, pl_module)
@@ -200,34 +198,30 @@ class Report(lightning.Callback):
             logger.save()
 
     @rank_zero_only
-    def _draw(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def _draw(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         if self.num_pictures:
-            path = self.run_dir / "figures" / f"clicks_step{trainer.global_step:06d}.png"
+            folder, records = self.run_dir / "figures", _val_records(trainer)
             with _answering(trainer, pl_module):
-                figures.draw_clicks(path, pl_module, _val_records(trainer), self.num_pictures)
-        self._draw_curves()
+                pl_module.draw_examples(folder, trainer.global_step, records, self.num_pictures)
+        self._draw_curves(pl_module)
 
-    def _draw_curves(self) -> None:
-        figures.draw_curves(
-            self.run_dir / "figures" / "curves.png", self.run_dir / run_folder.METRICS
-        )
+    def _draw_curves(self, pl_module: TrainingModule) -> None:
+        path = self.run_dir / "figures" / "curves.png"
+        figures.draw_curves(path, self.run_dir / run_folder.METRICS, pl_module.panels)
 
-    def _finish(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
-        self._draw_curves()
+    def _finish(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
+        self._draw_curves(pl_module)
         if trainer.enable_validation:
-            self._note("at the end", self.latest)
-        gained = {
-            k: self.latest[k] - self.start[k]
-            for k in HEADLINE
-            if k in self.latest and k in self.start
-        }
+            self._note("at the end", self._headline(pl_module, self.latest))
+        start = self._headline(pl_module, self.start)
+        gained = {k: self.latest[k] - start[k] for k in start if k in self.latest}
         self._note("gained", gained, sign="+")
         extra: dict[str, float] = {"steps": trainer.global_step}
         for speed in _callbacks(trainer, Speed):
             extra |= speed.figures(trainer.global_step)
-        extra |= {f"start_{name}": self.start[name] for name in HEADLINE if name in self.start}
+        extra |= {f"start_{name}": score for name, score in start.items()}
         result = {
-            "protocol": "clicks",
+            "protocol": pl_module.protocol,
             "dataset": " ".join(pl_module.val_sources) or pl_module.val_source,
             "num_images": pl_module.num_val_images,
             "num_masks": pl_module.val_metrics.num_masks,
@@ -238,8 +232,12 @@ class Report(lightning.Callback):
 
     @rank_zero_only
     def _note(self, when: str, scores: Mapping[str, float], *, sign: str = "") -> None:
-        text = "  ".join(f"{name} {scores[name]:{sign}.3f}" for name in HEADLINE if name in scores)
+        text = "  ".join(f"{name} {score:{sign}.3f}" for name, score in scores.items())
         log.info("validation %s: %s", when, text)
+
+    @staticmethod
+    def _headline(pl_module: TrainingModule, scores: Mapping[str, float]) -> dict[str, float]:
+        return {name: scores[name] for name in pl_module.headline if name in scores}
 
 
 def _callbacks(trainer: lightning.Trainer, kind: type[Callback]) -> list[Callback]:
@@ -247,7 +245,7 @@ def _callbacks(trainer: lightning.Trainer, kind: type[Callback]) -> list[Callbac
 
 
 @contextmanager
-def _averaged(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> Iterator[None]:
+def _averaged(trainer: lightning.Trainer, pl_module: TrainingModule) -> Iterator[None]:
     """With the averaged weights in place, where an average is kept."""
     with ExitStack() as stack:
         for average in _callbacks(trainer, WeightAverage):
@@ -260,7 +258,7 @@ def _is_log_step(trainer: lightning.Trainer, steps_done: int) -> bool:
     return trainer.log_every_n_steps > 0 and steps_done % trainer.log_every_n_steps == 0
 
 
-def _validate(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> dict[str, float]:
+def _validate(trainer: lightning.Trainer, pl_module: TrainingModule) -> dict[str, float]:
     """Runs the validation images outside Lightning's loop, before the first step and after the last."""
     with _answering(trainer, pl_module):
         pl_module.on_validation_epoch_start()
@@ -278,7 +276,7 @@ def _val_records(trainer: lightning.Trainer) -> Iterator[ImageRecord]:
 
 
 @contextmanager
-def _answering(trainer: lightning.Trainer, pl_module: InteractiveTraining) -> Iterator[None]:
+def _answering(trainer: lightning.Trainer, pl_module: TrainingModule) -> Iterator[None]:
     """As Lightning validates: in eval mode and the run's precision; parts then get their modes back."""
     modes = {module: module.training for module in pl_module.modules()}
     pl_module.eval()

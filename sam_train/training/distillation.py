@@ -298,9 +298,8 @@ class Distillation(InteractiveTraining):
         self.val_source = record.source
         self.val_metrics.update_taught(curves, agreement, record.source)
 
-    def on_validation_epoch_start(self) -> None:
-        super().on_validation_epoch_start()
-        self.val_metrics = TaughtMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
+    def _new_metrics(self) -> TaughtMetrics:
+        return TaughtMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
 
 
 def _are_equal(theirs: nn.Module, ours: nn.Module) -> bool:

@@ -4,41 +4,39 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sam_train.metrics.click_rollout import trace_clicks
+from sam_train.ops import drawing
+from sam_train.ops.boxes import xywh_to_xyxy
 from sam_train.ops.drawing import click_strip, new_figure, save_figure, save_image, tiled
 from sam_train.ops.rle import decode
 from sam_train.structures import ImageRecord
 
 if TYPE_CHECKING:
+    from sam_train.models.box_detector import BoxDetector
     from sam_train.training.interactive import InteractiveTraining
 
-PANELS = (
-    ("loss", ("train/loss", "train/guess_loss", "train/played_loss")),
-    ("IoU in training", ("train/iou_point", "train/iou_box")),
-    ("IoU in validation", ("val/mean_iou@1", "val/mean_iou@3", "val/box_mean_iou")),
-    (
-        "gradient norm, unclipped",
-        ("grad_norm/image_encoder", "grad_norm/prompt_encoder", "grad_norm/mask_decoder"),
-    ),
-)
+Panels = Sequence[tuple[str, Sequence[str]]]
+"""Titles, and the columns of `metrics.csv` below them."""
+BOX_PANEL_PX = 480
+"""Longer side of an image with boxes."""
 SMOOTHED_OVER = 0.02
 """Share of a curve that is averaged around each point; the raw values stay visible behind."""
 
 
-def draw_curves(path: Path, metrics_csv: Path) -> None:
-    """Draws what `metrics.csv` holds so far."""
+def draw_curves(path: Path, metrics_csv: Path, panels_of_run: Panels) -> None:
+    """Draws what `metrics.csv` holds so far, in the panels of the task."""
     if not metrics_csv.exists():
         return
     with metrics_csv.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    figure, panels = new_figure(1, len(PANELS), panel_in=(4.2, 3.2))
-    for panel, (title, names) in zip(np.ravel(panels), PANELS, strict=True):
+    figure, panels = new_figure(1, len(panels_of_run), panel_in=(4.2, 3.2))
+    for panel, (title, names) in zip(np.ravel(panels), panels_of_run, strict=True):
         for index, name in enumerate(names):
             points = [(float(r["step"]), float(r[name])) for r in rows if r.get(name)]
             if not points:
@@ -80,3 +78,25 @@ def draw_clicks(
         strips.append(click_strip(record.image, gt_mask, steps, caption=record.key))
     if strips:
         save_image(path, tiled(strips, columns=1))
+
+
+def draw_boxes(
+    path: Path,
+    detector: BoxDetector,
+    records: Iterable[ImageRecord],
+    number: int,
+    *,
+    min_score: float,
+) -> None:
+    """Draws the objects of `number` images, and beside them the boxes of at least this score."""
+    pairs: list[np.ndarray] = []
+    for record in itertools.islice(records, number):
+        (found,) = detector.detect([record.image], min_score=min_score)
+        truth = np.array([own.bbox for own in record.annotations if own.area > 0]).reshape(-1, 4)
+        scale = BOX_PANEL_PX / max(record.size)
+        shown = drawing.resized(record.image, scale)
+        for boxes, what in ((xywh_to_xyxy(truth), "objects"), (found.boxes.cpu().numpy(), "found")):
+            panel = drawing.draw_boxes(shown, boxes * scale, line_px=1)
+            pairs.append(drawing.captioned(panel, f"{record.key}: {len(boxes)} {what}"))
+    if pairs:
+        save_image(path, tiled(pairs, columns=2))

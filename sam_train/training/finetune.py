@@ -38,7 +38,11 @@ def freeze(model: Any, mode: str) -> None:
     if mode not in FROZEN_PARTS:
         raise ValueError(f"expected finetune={'|'.join(FROZEN_PARTS)}, got {mode}")
     for name in FROZEN_PARTS[mode]:
-        part = getattr(model, name)
+        part = getattr(model, name, None)
+        if part is None:
+            raise ValueError(
+                f"finetune={mode} keeps the {name}, which this model has not: say full"
+            )
         part.requires_grad_(False).eval()
         backbone: Any = getattr(part, "backbone", None)
         if hasattr(backbone, "set_grad_checkpointing"):

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
 
-import lightning
 import torch
 from torch import Tensor
 
-from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.data.source import DamagedSampleError, sample_seed
 from sam_train.losses.multimask import InteractiveLoss
 from sam_train.metrics.click_rollout import click_rollout
@@ -27,8 +26,10 @@ from sam_train.structures import (
     MaskPrediction,
     Prompts,
 )
+from sam_train.training import figures
 from sam_train.training.bounded import decode_bounded
 from sam_train.training.first_guess import GuessTeaching, Peer, Question, halve, select_masks
+from sam_train.training.module import TrainingModule
 from sam_train.training.non_finite import NonFiniteGuard
 from sam_train.training.optim import AdamW
 
@@ -41,7 +42,7 @@ NOT_GUESSED = re.compile(r"prompt_encoder\.|mask_decoder\.(?!first_guess\.(?!rea
 """Names of the weights that a first guess by itself has no use for."""
 
 
-class InteractiveTraining(lightning.LightningModule):
+class InteractiveTraining(TrainingModule):
     """One optimiser step: encode the images once, play all prompts on them, learn from every answer.
 
     Draws depend on the run's seed, the sample and the pass, never on rank or worker, and losses are
@@ -63,6 +64,18 @@ class InteractiveTraining(lightning.LightningModule):
         seed: of the order of the passes, and of what is random within the model.
     """
 
+    panels = (
+        ("loss", ("train/loss", "train/guess_loss", "train/played_loss")),
+        ("IoU in training", ("train/iou_point", "train/iou_box")),
+        ("IoU in validation", ("val/mean_iou@1", "val/mean_iou@3", "val/box_mean_iou")),
+        (
+            "gradient norm, unclipped",
+            ("grad_norm/image_encoder", "grad_norm/prompt_encoder", "grad_norm/mask_decoder"),
+        ),
+    )
+    model: Sam
+    val_metrics: ClickMetrics
+
     def __init__(
         self,
         *,
@@ -78,7 +91,7 @@ class InteractiveTraining(lightning.LightningModule):
         mask_chunk: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(model=model, optim=optim, non_finite=non_finite, seed=seed)
         if mask_chunk is not None and mask_chunk < 1:
             raise ValueError(f"mask_chunk is 1 or more, or null, got {mask_chunk}")
         if not 0 <= half_size_share <= 1:
@@ -96,53 +109,24 @@ class InteractiveTraining(lightning.LightningModule):
         if first_guess is not None and model.mask_decoder.first_guess is None:
             log.warning("the model has no first guess: task.first_guess is left out")
             first_guess = None
-        self.model = model
         self.prompts = prompts
         self.val_prompts = val_prompts
         self.loss = loss
-        self.optim = optim
         self.first_guess = first_guess
         self.half_size_share = half_size_share
-        self.non_finite = NonFiniteGuard() if non_finite is None else non_finite
         self.checkpoint_passes, self.mask_chunk = checkpoint_passes, mask_chunk
-        self.seed = seed
-        self.model_config: dict[str, Any] | None = None
-        """The model's config node, kept in checkpoints so that they can be loaded by themselves."""
         self.has_played = False
         """Whether the transformer was asked since the last optimiser step."""
-        self._num_accumulated = 0  # batches since then
         self.val_metrics = ClickMetrics(val_prompts.num_corrections + 1)
-        self.num_val_images = 0
-        self.val_source = ""
-        self.val_sources: tuple[str, ...] = ()
-        """The data sets whose validation scores are told apart."""
         if not self._feeds_masks_back():
             # No mask ever reaches these weights, and a distributed run would wait for their gradients.
             self.model.prompt_encoder.mask_downscaling.requires_grad_(False)
-
-    def setup(self, stage: str) -> None:
-        """Learns which data sets validation tells apart.
-
-        Raises:
-            ValueError: the precision would round coordinates.
-        """
-        if (precision := str(self.trainer.precision)) in ("bf16-true", "16-true"):
-            raise ValueError(
-                f"trainer.precision={precision} rounds the boxes of a batch (at 1,000 px by up to "
-                "2 px in bfloat16), the predicted IoUs and the steps of the optimiser: train in "
-                f"trainer.precision={precision.replace('true', 'mixed')}"
-            )
-        self.val_sources = getattr(self.trainer.datamodule, "val_sources", ())  # type: ignore[attr-defined]
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Plays all passes on a batch; returns the loss, a mean over masks and passes."""
         self._seed_batch()
         loss = self._at_current_size(batch)
-        self._num_accumulated += 1
-        alone = self._trainer is None or self.trainer.world_size == 1
-        self.non_finite.look_at_loss(loss.detach(), batch.keys, self.global_step, alone=alone)
-        self.log("train/loss", loss.detach(), prog_bar=True)
-        self.log("lr", max(group["lr"] for group in self.trainer.optimizers[0].param_groups))
+        self._note_loss(loss, batch.keys)
         return loss
 
     def _at_current_size(self, batch: ImageBatch) -> Tensor:
@@ -237,67 +221,13 @@ class InteractiveTraining(lightning.LightningModule):
         self.val_source = record.source
         self.val_metrics.update(curves, record.source)
 
-    def on_validation_epoch_start(self) -> None:
-        self.val_metrics = ClickMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
-        self.num_val_images = 0
+    def _new_metrics(self) -> ClickMetrics:
+        return ClickMetrics(self.val_prompts.num_corrections + 1, self.val_sources)
 
-    def on_validation_epoch_end(self) -> None:
-        for name, value in self.validation_scores().items():
-            # Every rank logs the same: early stopping looks at it on every rank.
-            self.log(f"val/{name}", value, prog_bar=name == "mean_iou@1", sync_dist=True)
-
-    def validation_scores(self) -> dict[str, float]:
-        """The scores of what was validated since the last start, of all ranks together."""
-        totals = self.val_metrics.totals.to(self.device, torch.float32)
-        self.val_metrics.totals = self._over_ranks(totals, "sum").double().cpu()
-        num_images = torch.tensor(self.num_val_images, device=self.device)
-        self.num_val_images = int(self._over_ranks(num_images, "sum"))
-        return self.val_metrics.compute()
-
-    def _over_ranks(self, values: Tensor, how: str) -> Tensor:
-        """The `sum` or `max` of a tensor over all ranks."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return values
-        return self.trainer.strategy.reduce(values, reduce_op=how)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = self.optim.build(self.model)
-
-        def scale(step: int) -> float:
-            return self.optim.schedule.scale(step, self._progress_of_all())
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
-
-    def progress(self) -> float:
-        """How much of the run is done, in [0, 1]: by steps or by time, whichever is further."""
-        shares = [0.0]
-        if self.trainer.max_steps > 0:
-            shares.append(self.trainer.global_step / self.trainer.max_steps)
-        for callback in self.trainer.callbacks:
-            if isinstance(callback, lightning.pytorch.callbacks.Timer):
-                spent, left = callback.time_elapsed(), callback.time_remaining()
-                if left is not None:
-                    shares.append(spent / max(spent + left, 1e-9))
-        return min(1.0, max(shares))
-
-    def _progress_of_all(self) -> float:
-        """`progress`, the same on all ranks: by their own clocks, their rates would drift apart."""
-        if self.trainer.world_size == 1:
-            return self.progress()
-        progress = torch.tensor(self.progress(), dtype=torch.float64, device=self.device)
-        return float(self._over_ranks(progress, "max"))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["non_finite"] = self.non_finite.state_dict()
-        if self.model_config is not None:
-            checkpoint[RECORD_KEY] = checkpoint_payload(self.model_config)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.non_finite.load_state_dict(checkpoint["non_finite"])
+    def draw_examples(
+        self, folder: Path, step: int, records: Iterable[ImageRecord], number: int
+    ) -> None:
+        figures.draw_clicks(folder / f"clicks_step{step:06d}.png", self, records, number)
 
     def _feeds_masks_back(self) -> bool:
         simulator = self.prompts
@@ -322,40 +252,11 @@ class InteractiveTraining(lightning.LightningModule):
                 if NOT_GUESSED.search(name):
                     parameter.grad = None
         self.has_played = False
-        self._num_accumulated = 0
-        is_scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        met = torch.tensor(float(self.non_finite.met_bad_loss), device=self.device)
-        self.non_finite.passes(
-            self.model.parameters(),
-            self.global_step,
-            scaled=is_scaled,
-            elsewhere=bool(self._over_ranks(met, "max")),
-        )
-
-    def _batch_number(self) -> int:
-        """Of this batch in the whole run; the same on all ranks, and after a restart."""
-        if self._trainer is None:
-            return 0
-        return self.global_step * self.trainer.accumulate_grad_batches + self._num_accumulated
-
-    def _seed_batch(self) -> None:
-        """Makes what the model draws (drop path, dropout) a function of the batch's number and the rank.
-
-        So a run that goes on draws what it would have drawn, with no generator's state to keep.
-        """
-        rank = 0 if self._trainer is None else self.global_rank
-        torch.manual_seed(sample_seed(self.seed, self._batch_number(), f"model/{rank}"))
+        super().on_before_optimizer_step(optimizer)
 
     def _plan_generator(self) -> torch.Generator:
         """The same on all ranks, so that all run the same passes."""
         return torch.Generator().manual_seed(sample_seed(self.seed, self._batch_number(), "plan"))
-
-    def _mean_over_ranks(self, count: int) -> float:
-        """The mean of a count over all ranks, 1 at least: gradients are averaged over them afterwards."""
-        if self._trainer is None or self.trainer.world_size == 1:
-            return float(max(1, count))
-        counts = torch.tensor(float(count), device=self.device)
-        return max(1.0, float(self._over_ranks(counts, "sum")) / self.trainer.world_size)
 
     def _log_answer(
         self, interaction: Interaction, candidate_ious: Tensor, mask_loss: Tensor

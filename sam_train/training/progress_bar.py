@@ -13,7 +13,7 @@ import lightning
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from sam_train.training.interactive import InteractiveTraining
+from sam_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class BudgetProgressBar(TQDMProgressBar):
         """None: the training bar says that validation is under way."""
         return Tqdm(disable=True)
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._started = (time.monotonic(), pl_module.progress())
         self._last_line = self._started[0]
@@ -64,7 +64,7 @@ class BudgetProgressBar(TQDMProgressBar):
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
-        pl_module: InteractiveTraining,
+        pl_module: TrainingModule,
         outputs: Any,
         batch: Any,
         batch_idx: int,
@@ -76,19 +76,15 @@ class BudgetProgressBar(TQDMProgressBar):
             self._last_line = time.monotonic()
             log.info("%s", self._line(trainer, pl_module))
 
-    def on_validation_start(
-        self, trainer: lightning.Trainer, pl_module: InteractiveTraining
-    ) -> None:
+    def on_validation_start(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         super().on_validation_start(trainer, pl_module)
         self.train_progress_bar.set_description(f"step {trainer.global_step}, validating")
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         super().on_validation_end(trainer, pl_module)
         self._refresh(trainer, pl_module)
 
-    def on_train_epoch_end(
-        self, trainer: lightning.Trainer, pl_module: InteractiveTraining
-    ) -> None:
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         # The stream of batches ends once. Only then, so that what is reported at the end goes below the bar.
         self._refresh(trainer, pl_module)
         self.train_progress_bar.close()
@@ -102,13 +98,13 @@ class BudgetProgressBar(TQDMProgressBar):
         found = {k.split("/")[-1]: v for k, v in super().get_metrics(*args, **kwargs).items()}
         return {names.get(name, name): v for name, v in found.items() if name != "v_num"}
 
-    def _refresh(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def _refresh(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         bar = self.train_progress_bar
         bar.n = pl_module.progress()
         bar.set_description(f"step {trainer.global_step}", refresh=False)
         bar.set_postfix(self.get_metrics(trainer, pl_module))
 
-    def _line(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> str:
+    def _line(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> str:
         since, start = self._started
         progress = pl_module.progress()
         seconds = (time.monotonic() - since) * (1 - progress) / max(progress - start, 1e-9)

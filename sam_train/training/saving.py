@@ -22,7 +22,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from sam_train.metrics.clicks import SIZE_SUFFIXES
 from sam_train.ops.files import check_whole, write_atomically
 from sam_train.training import run_folder
-from sam_train.training.interactive import InteractiveTraining
+from sam_train.training.module import TrainingModule
 
 log = logging.getLogger(__name__)
 
@@ -146,14 +146,14 @@ class BestCheckpoint(lightning.Callback):
         self.path, self.monitor, self.mode = Path(path), monitor, mode
         self.best: float | None = None
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         prefixes = ("", *(f"{source}/" for source in pl_module.val_sources))
         names = pl_module.val_metrics.names
         self._check(
             [p + name + suffix for p in prefixes for suffix in SIZE_SUFFIXES for name in names]
         )
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: InteractiveTraining) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: TrainingModule) -> None:
         if not trainer.sanity_checking:
             self.consider(trainer, pl_module.val_metrics.compute())
 

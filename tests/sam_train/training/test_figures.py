@@ -41,7 +41,9 @@ def plotted(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_curves_show_what_metrics_csv_holds(tmp_path: Path, plotted: list[Any]) -> None:
     (tmp_path / "metrics.csv").write_text(CSV)
 
-    figures.draw_curves(tmp_path / "figures" / "curves.png", tmp_path / "metrics.csv")
+    figures.draw_curves(
+        tmp_path / "figures" / "curves.png", tmp_path / "metrics.csv", InteractiveTraining.panels
+    )
 
     with Image.open(tmp_path / "figures" / "curves.png") as picture:
         assert picture.width > 1000
@@ -62,11 +64,15 @@ def test_a_smoothed_curve_has_as_many_points_and_keeps_a_constant(num_points: in
 
 
 def test_a_run_that_has_logged_nothing_yet_has_no_curves(tmp_path: Path) -> None:
-    figures.draw_curves(tmp_path / "curves.png", tmp_path / "metrics.csv")
+    figures.draw_curves(
+        tmp_path / "curves.png", tmp_path / "metrics.csv", InteractiveTraining.panels
+    )
     assert not (tmp_path / "curves.png").exists()
 
     (tmp_path / "metrics.csv").write_text("step\n")
-    figures.draw_curves(tmp_path / "curves.png", tmp_path / "metrics.csv")
+    figures.draw_curves(
+        tmp_path / "curves.png", tmp_path / "metrics.csv", InteractiveTraining.panels
+    )
     assert (tmp_path / "curves.png").exists()
 
 

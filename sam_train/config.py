@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,9 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 PACKAGE_DIR = Path(__file__).resolve().parent
+
+_COMPOSING = threading.RLock()
+"""Hydra keeps what it composes from in globals: threads compose one after the other."""
 
 
 def conf_dir() -> Path:
@@ -51,11 +55,13 @@ def compose(
         overrides: `name=value` in Hydra's own syntax.
         config_dir: a user's folder, whose names win over the packaged ones.
     """
-    with user_recipes(config_dir), hydra.initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        cfg = hydra.compose(root, list(overrides), return_hydra_config=True)
-    with _hydra_config(cfg), open_dict(cfg):
-        pin(cfg)
-        del cfg["hydra"]
+    with _COMPOSING:
+        folder = str(conf_dir())
+        with user_recipes(config_dir), hydra.initialize_config_dir(folder, version_base="1.3"):
+            cfg = hydra.compose(root, list(overrides), return_hydra_config=True)
+        with _hydra_config(cfg), open_dict(cfg):
+            pin(cfg)
+            del cfg["hydra"]
     return cfg
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from sam_train.ops.quiet import quiet
 
 READABLE = (
     "expected an official .pth file, a Hugging Face folder (config.json and model.safetensors) or hub "
@@ -34,9 +35,8 @@ def load_torch_file(path: Path) -> dict[Any, Any]:
         what = "no checkpoint" if start else "an empty file"
         raise CheckpointError(f"{path} is {what}; {READABLE}")
     try:
-        with warnings.catch_warnings():
-            # Of pickles that are not torch's own; whether they can be read is seen by trying.
-            warnings.simplefilter("ignore", UserWarning)
+        # Of pickles that are not torch's own; whether they can be read is seen by trying.
+        with quiet(UserWarning):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         if named := re.search(r"GLOBAL:? ([\w.]+)", str(error)):

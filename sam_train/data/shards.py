@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import struct
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +16,7 @@ from PIL import Image
 
 from sam_train.data.annotations import decode_annotations
 from sam_train.ops import rle
+from sam_train.ops.quiet import quiet
 from sam_train.structures import Annotation, ImageRecord
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png")
@@ -157,9 +157,7 @@ class _AnotherSizeError(ValueError):
 @contextmanager
 def quiet_pillow() -> Iterator[None]:
     """Keeps Pillow's warnings back: of images that are large, which their JSON says as well, and of tags."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\b")
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with quiet(module=r"PIL\b"), quiet(Image.DecompressionBombWarning):
         yield
 
 

@@ -274,13 +274,30 @@ def _grids(
     if given is None:
         assert points_per_side is not None
         return point_grids(points_per_side, num_layers, downscale)
-    grids = [np.asarray(grid, float) for grid in given]
-    if len(grids) <= num_layers or any(grid.ndim != 2 or grid.shape[1] != 2 for grid in grids):
+    if len(given) <= num_layers:
         raise ValueError(
-            f"point_grids are (N, 2) arrays, one for each of the {num_layers + 1} layers of crops, got "
-            f"shapes {[grid.shape for grid in grids]}"
+            f"point_grids are one for each of the {num_layers + 1} layers of crops, got {len(given)}"
         )
-    return grids
+    return [_checked_grid(grid, layer) for layer, grid in enumerate(given)]
+
+
+def _checked_grid(given: Any, layer: int) -> np.ndarray:
+    """(N, 2) float64 shares of a crop's sides."""
+    expected = f"point_grids[{layer}] is an (N, 2) array of (x, y) from 0 to 1"
+    try:
+        grid = np.asarray(given, float)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{expected}, got what is no array of numbers: {error}") from error
+    if grid.ndim != 2 or grid.shape[1] != 2:
+        raise ValueError(f"{expected}, got the shape {grid.shape}")
+    is_inside = ((grid >= 0) & (grid <= 1)).all(axis=1)  # NaN is neither
+    if not is_inside.all():
+        x, y = grid[~is_inside][0].tolist()
+        raise ValueError(
+            f"{expected}, shares of the width and the height and not pixels: {(~is_inside).sum()} of its "
+            f"{len(grid)} points are not, the first ({x:g}, {y:g})"
+        )
+    return grid
 
 
 def _xywh(box: list[int]) -> list[int]:

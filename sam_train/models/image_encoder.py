@@ -7,6 +7,7 @@ TinyViT, and any timm backbone that gives feature maps.
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers.mlp import Mlp
+from timm.models import FeatureHookNet
 from timm.models.tiny_vit import Attention as TinyVitAttention
 from timm.models.vision_transformer_sam import (
     Attention,
@@ -29,6 +31,9 @@ from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
 from sam_train.models.plain import is_plain
 from sam_train.models.products import linear_gelu, use_fast_linears
 from sam_train.models.rel_pos_attention import rel_pos_attention
+
+_HOOKED = threading.Lock()
+"""timm keeps the features that its hooks find in the model, where a pass of another thread would take them."""
 
 
 class _Block(Block):
@@ -330,7 +335,7 @@ class TimmEncoder(nn.Module):
             # Some timm backbones hand out channels-last features.
             level if level.shape[1] == c else level.permute(0, 3, 1, 2)
             for level, c in zip(
-                self.backbone(images), self.backbone.feature_info.channels(), strict=True
+                self._features(images), self.backbone.feature_info.channels(), strict=True
             )
         ]
         if self.high_res_neck is None:
@@ -338,6 +343,12 @@ class TimmEncoder(nn.Module):
         embedding = self.neck(levels[1:])
         high_res = self.high_res_neck(levels[0], embedding)
         return torch.cat([embedding, F.pixel_unshuffle(high_res, 2)], dim=1)
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        if not isinstance(self.backbone, FeatureHookNet) or torch.compiler.is_compiling():
+            return self.backbone(images)
+        with _HOOKED:
+            return self.backbone(images)
 
 
 def _size_arguments(name: str, img_size: int, pretrain_img_size: int) -> dict[str, Any]:

@@ -162,6 +162,46 @@ def test_settings_that_cannot_work_are_refused(
         SamAutomaticMaskGenerator(tiny_sam, **settings)
 
 
+@pytest.mark.parametrize(
+    ("grids", "words"),
+    [
+        (
+            [[[0.5, 0.5], [1.2, 0.5], [0.5, -0.1]]],
+            "2 of its 3 points are not, the first (1.2, 0.5)",
+        ),
+        ([[[320, 240]]], "shares of the width and the height and not pixels"),
+        ([[[float("nan"), 0.5]]], "1 of its 1 points are not, the first (nan, 0.5)"),
+        (
+            [[0.5, 0.5]],
+            r"point_grids[0] is an (N, 2) array of (x, y) from 0 to 1, got the shape (2,)",
+        ),
+        ([np.full((4, 3), 0.5)], "got the shape (4, 3)"),
+        ([[[0.5, 0.5], [0.5]]], "no array of numbers"),
+        ([[["left", "top"]]], "no array of numbers"),
+        ([], "one for each of the 1 layers of crops, got 0"),
+    ],
+)
+def test_grids_of_what_is_no_point_of_the_image_are_refused(
+    tiny_sam: Sam, grids: Any, words: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        SamAutomaticMaskGenerator(tiny_sam, None, point_grids=grids)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grid_is_asked_at_its_points_borders_and_none_included(discs: Discs) -> None:
+    grid = np.array([[0, 0], [0.25, 0.5], [1, 1]])
+    generator = SamAutomaticMaskGenerator(
+        discs((9,), (0.9,)), None, point_grids=[grid, np.zeros((0, 2))], crop_n_layers=1
+    )
+
+    masks = generator.generate(blank(32, 64))
+
+    assert sorted(mask["point_coords"][0] for mask in masks) == [[0, 0], [16, 16], [64, 32]]
+    assert generator.report.points == 3, "none is asked in the crops"
+
+
 def test_a_large_image_is_tiled_with_masks_where_they_belong(discs: Discs) -> None:
     def build(model: Sam) -> SamAutomaticMaskGenerator:
         return SamAutomaticMaskGenerator(model, 4)

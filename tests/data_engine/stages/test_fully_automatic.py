@@ -313,7 +313,10 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        (["preset.pred_iou_thresh=2"], "finds no mask in any of 2 images .* low predicted iou.*: lower"),
+        (
+            ["preset.pred_iou_thresh=2"],
+            "finds no mask in any of 2 images .* low predicted iou.*: lower",
+        ),
         (["stage.limits.max_masks_per_image=1", "preset.pred_iou_thresh=0"], "more than 1 masks"),
     ],
 )

@@ -42,7 +42,7 @@ def put(connection: Connection, table: Table, row: Mapping[str, Any], where: Any
     changes = {name: insert.excluded[name] for name in row if name not in table.primary_key.columns}
     key = table.primary_key
     update = insert.on_conflict_do_update(index_elements=key, set_=changes, where=where)
-    return connection.execute(update).rowcount == 1
+    return connection.execute(update.returning(*key)).first() is not None
 
 
 def _insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

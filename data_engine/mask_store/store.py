@@ -289,8 +289,12 @@ class Store:
         return None if row is None else from_row(kind, row)
 
     def _stream(self, kind: type[Record], query: Select[Any]) -> Iterator[Record]:
-        with self.read() as connection:
-            for row in connection.execution_options(yield_per=CHUNK).execute(query):
+        with (
+            self.read() as connection,
+            # Closed also where the reader stops early: on a server the cursor would stay.
+            connection.execution_options(yield_per=CHUNK).execute(query) as rows,
+        ):
+            for row in rows:
                 yield from_row(kind, row)
 
 

@@ -129,12 +129,8 @@ def test_mobile_sam_leaves_at_its_real_size(randomise, tmp_path):
     # ViT-B takes minutes: benchmarks/export.py has both.
     model = randomise(build_model(model_config("mobile_sam"))).eval()
 
-    lines = OnnxExport().write(model, tmp_path / "onnx")
+    # Raises where onnxruntime differs by more on any of 4 pictures and 22 prompts of 2 to 66 points.
+    lines = OnnxExport(tolerance=TOLERANCE).write(model, tmp_path / "onnx")
 
     assert model.image_encoder.img_size == 1024
     assert [line.split(":")[0] for line in lines[1:]] == ["encoder.onnx", "decoder.onnx"]
-    found, changed = onnx_check.decoder_difference(
-        model, tmp_path / "onnx" / "decoder.onnx", return_single_mask=True, seed=9
-    )
-    assert found.largest < TOLERANCE
-    assert changed < 1e-3

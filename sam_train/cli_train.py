@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -200,6 +201,7 @@ def _build_training(
     import lightning
     import torch
 
+    from sam_train.checkpoints.load import load_weights
     from sam_train.training.finetune import freeze
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -208,7 +210,9 @@ def _build_training(
     # Travels in its checkpoints.
     module.model_config = config.plain(cfg.task.get("model", cfg.model), resolve=True)
     if weights is not None:
-        module.start_from(weights)
+        # A task of the user's own may be any LightningModule.
+        start = getattr(module, "start_from", None) or partial(load_weights, module.model)
+        start(weights)
     freeze(module.model, cfg.finetune)
     data = config.instantiate(cfg.data)
     callbacks = dict(cfg.callbacks or {})

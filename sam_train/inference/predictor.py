@@ -106,7 +106,8 @@ class SamPredictor:
         height, width = original_image_size
         self.original_size, self.input_size = (int(height), int(width)), (shape[2], shape[3])
         inputs = self.model.preprocess(transformed_image.to(self.device))
-        self.features = self.model.image_encoder(inputs)
+        # As a file of embeddings holds them, so that kept ones answer bit for bit.
+        self.features = self.model.image_encoder(inputs).contiguous()
         self.is_image_set = True
 
     def predict(
@@ -201,7 +202,7 @@ class SamPredictor:
                 self._encode([pixels for pixels, _ in resized[start : start + IMAGES_PER_PASS]])
                 for start in range(0, len(resized), IMAGES_PER_PASS)
             ]
-        )
+        ).contiguous()
         self.batch_sizes = [(size, (pixels.shape[1], pixels.shape[2])) for pixels, size in resized]
 
     @torch.no_grad()

@@ -203,7 +203,8 @@ class MaskDecoder(nn.Module):
             return None
         if isinstance(dense, Tensor) and dense.stride(0) != 0:
             return None
-        images = image_embeddings.flatten(2).transpose(1, 2)
+        # However they lay: those read from a file answer bit for bit as those of the encoder.
+        images = image_embeddings.flatten(2).transpose(1, 2).contiguous()
         if image_index is None:
             image_index = torch.zeros(num_prompts, dtype=torch.long, device=images.device)
         if isinstance(dense, Tensor):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -118,6 +118,20 @@ def sample_images(
     return heapq.nsmallest(
         num_images, found, key=lambda one: (sample_seed(seed, 0, one.image.key), one.image.key)
     )
+
+
+def find_images(
+    store: Store, shards: Sequence[WrittenShard], image_ids: Collection[str]
+) -> dict[str, AutomaticImage]:
+    """These images where they lie, by id; without those that are in none of the shards."""
+    found: dict[str, AutomaticImage] = {}
+    for own in shards:
+        for one in _known_images(store, own):
+            if one.image.id in image_ids:
+                found[one.image.id] = one
+        if len(found) == len(image_ids):
+            break
+    return found
 
 
 def _known_images(store: Store, written: WrittenShard) -> Iterator[AutomaticImage]:

@@ -119,6 +119,7 @@ class AnnotationSession:
         if label not in (FOREGROUND, BACKGROUND):
             raise SessionError(f"a click's label is 1 or 0, got {label}")
         self._go_on(answered(self._predictor, self.state.with_click(x, y, label)))
+        self._num_clicks += 1
         self._record("click", {"x": x, "y": y, "label": label})
         return self.candidates
 
@@ -214,7 +215,7 @@ class AnnotationSession:
             predicted_iou=None if candidate is None else candidate.predicted_iou,
             stability_score=None if candidate is None else candidate.stability_score,
             seconds=self.seconds_on_object,
-            num_clicks=len(state.points),
+            num_clicks=self._num_clicks,
             corrects=self._corrects,
         )
         self._record("accept")
@@ -282,9 +283,7 @@ class AnnotationSession:
         """All that was made and done, to be handed in; the object under work is not in it."""
         places = {number: place for place, number in enumerate(self._masks)}
         events = tuple(
-            replace(
-                one.event, mask_index=None if one.object is None else places.get(one.object)
-            )
+            replace(one.event, mask_index=None if one.object is None else places.get(one.object))
             for one in self._recorded
         )
         return Submission(
@@ -304,6 +303,7 @@ class AnnotationSession:
         self._states, self._undone = [state], list[ObjectState]()
         self._corrects: str | None = None
         self._model_before: str | None = None
+        self._num_clicks = 0  # also those that were undone
         self._since = self._clock()
 
     def _next_object(self) -> None:

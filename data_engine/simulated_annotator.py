@@ -123,7 +123,7 @@ class SimulatedAnnotator:
                 log.warning("%s: %s", self.name, conflict)
                 done += WorkDone(num_conflicts=1)
                 continue
-            done += _counted(submission, seen)
+            done += _counted(task, submission, seen)
         log.info("%s: %s", self.name, done)
         return done
 
@@ -161,8 +161,12 @@ def generator_of(seed: int, task_id: str) -> np.random.Generator:
     return np.random.default_rng(int.from_bytes(digest[:16], "big"))
 
 
-def _counted(submission: Submission, seen: Seen) -> WorkDone:
-    kept = sum(one.corrects is not None and not one.num_clicks for one in submission.masks)
+def _counted(task: Task, submission: Submission, seen: Seen) -> WorkDone:
+    shown = {one["id"]: one["rle"]["counts"] for one in task.payload.get("masks", ())}
+    kept = sum(
+        one.corrects is not None and one.rle["counts"] == shown[one.corrects]
+        for one in submission.masks
+    )
     return WorkDone(
         num_tasks=1,
         num_masks=len(submission.masks),

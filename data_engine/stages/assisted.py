@@ -116,7 +116,9 @@ def priority(pixels: np.ndarray, queue: str, predictor: SamPredictor | None) -> 
     if queue == "prominence":
         return image_prominence(pixels)
     if predictor is None:
-        raise ValueError("queue=uncertainty asks the current model: give assisted_tasks a predictor")
+        raise ValueError(
+            "queue=uncertainty asks the current model: give assisted_tasks a predictor"
+        )
     predictor.set_image(pixels)
     return 1.0 - float(_predicted_ious(predictor).amax(1).mean())
 

@@ -6,10 +6,10 @@ makes a mask of each; those that it is sure of go into the task.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
@@ -31,9 +31,7 @@ from sam_train.structures import Annotation, DetectedBoxes, ImageFeatures
 class BoxSource(Protocol):
     """Whatever says where objects are."""
 
-    def __call__(
-        self, image: Image, pixels: np.ndarray, predictor: SamPredictor
-    ) -> DetectedBoxes:
+    def __call__(self, image: Image, pixels: np.ndarray, predictor: SamPredictor) -> DetectedBoxes:
         """The boxes of an image, best first; the predictor is set to it."""
         ...
 
@@ -49,9 +47,7 @@ class DetectorBoxes:
 
     detector: BoxDetector
 
-    def __call__(
-        self, image: Image, pixels: np.ndarray, predictor: SamPredictor
-    ) -> DetectedBoxes:
+    def __call__(self, image: Image, pixels: np.ndarray, predictor: SamPredictor) -> DetectedBoxes:
         """See `BoxSource`."""
         shares = (
             isinstance(self.detector, EncoderBoxDetector)
@@ -90,9 +86,7 @@ class CocoBoxes:
                 "give the COCO file that its image_id belong to (annotations)"
             )
 
-    def __call__(
-        self, image: Image, pixels: np.ndarray, predictor: SamPredictor
-    ) -> DetectedBoxes:
+    def __call__(self, image: Image, pixels: np.ndarray, predictor: SamPredictor) -> DetectedBoxes:
         """See `BoxSource`."""
         return self._of(image) or DetectedBoxes(torch.zeros(0, 4), torch.zeros(0))
 
@@ -264,6 +258,6 @@ def semi_automatic_tasks(
     chosen = registered(store, images)
     if isinstance(boxes, CocoBoxes):
         boxes.check(chosen)
-    return list((stage or SemiAutomaticStage()).tasks(round_number, chosen, predictor, boxes, model_id))
-
-
+    return list(
+        (stage or SemiAutomaticStage()).tasks(round_number, chosen, predictor, boxes, model_id)
+    )

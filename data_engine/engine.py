@@ -119,7 +119,9 @@ class Engine:
         """The model that a round works with."""
         model = self.store.model(str(round_.model_id))
         if model is None:
-            raise ValueError(f"round {round_.number} works with a model that the store does not know")
+            raise ValueError(
+                f"round {round_.number} works with a model that the store does not know"
+            )
         return model
 
     def current_round(self) -> Round | None:

@@ -13,8 +13,9 @@ from data_engine.engine import Engine
 from data_engine.records import Model
 from data_engine.shards_of_round import Labelled, write_shards
 from data_engine.truth import truth
-from sam_train import cli_common
+from sam_train import cli_common, config
 from sam_train.checkpoints.load import load_model
+from sam_train.convert.manifest import MANIFEST
 from sam_train.data.sa1b import ShardSource
 from sam_train.evaluation.click_benchmark import ClickBenchmark
 from sam_train.evaluation.proposals import ProposalBenchmark
@@ -52,7 +53,9 @@ class Measurement:
         found: dict[str, float] = {}
         for name, protocol in (("clicks", self.clicks), ("proposals", self.proposals)):
             if protocol is not None:
-                found |= _known(folder / name) or protocol.run(model, held_out, folder / name)["metrics"]
+                found |= (
+                    _known(folder / name) or protocol.run(model, held_out, folder / name)["metrics"]
+                )
         return found
 
 
@@ -60,8 +63,6 @@ def measure(engine: Engine, model: Model, folder: Path) -> dict[str, float]:
     """Measures a model of the engine; nothing where no held-out image has known masks."""
     if (held_out := held_out_shards(engine)) is None:
         return {}
-    from sam_train import config
-
     protocols = config.instantiate(engine.settings["measure"])
     cli_common.prepare_host()
     device = cli_common.device(str(engine.settings["device"]))
@@ -72,7 +73,7 @@ def measure(engine: Engine, model: Model, folder: Path) -> dict[str, float]:
 def held_out_shards(engine: Engine) -> Path | None:
     """The folder of the held-out images and their masks, which is made where it is not there yet."""
     folder = engine.root / HELD_OUT
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         write_shards(
             folder,
             HELD_OUT,
@@ -80,7 +81,7 @@ def held_out_shards(engine: Engine) -> Path | None:
             images_per_shard=int(engine.settings["images_per_shard"]),
             made_with={"stage": HELD_OUT},
         )
-    return folder if (folder / "manifest.json").is_file() else None
+    return folder if (folder / MANIFEST).is_file() else None
 
 
 def _with_truth(engine: Engine) -> Iterator[Labelled]:
@@ -89,7 +90,10 @@ def _with_truth(engine: Engine) -> Iterator[Labelled]:
         if masks:
             yield Labelled(
                 image,
-                [Annotation(id=0, rle=one, bbox=rle.bbox(one), area=rle.area(one)) for one in masks],
+                [
+                    Annotation(id=0, rle=one, bbox=rle.bbox(one), area=rle.area(one))
+                    for one in masks
+                ],
             )
         else:
             log.warning("%s is held out, and nothing is known of its masks", image.key)

@@ -7,34 +7,38 @@ call finds the same part and finishes it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Iterator, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
+from typing import Any, NamedTuple
 
+from data_engine.annotation import annotate, hand_out
 from data_engine.code_version import code_version
 from data_engine.engine import Engine
 from data_engine.plan import Step
-from data_engine.records import Round
+from data_engine.records import Model, Round
+from data_engine.retrain import judged, retrain
 from data_engine.round_parts import (
-    annotate,
+    Outcome,
+    Waiting,
     export_masks,
     generate_masks,
-    hand_out,
+    generate_share,
     make_detector,
     measure_new,
     measure_start,
+    measured,
     note_generated,
     stage_images,
     train,
-    Waiting,
 )
+from data_engine.stages.fully_automatic import Generated
 from sam_train.training import run_lock
 
 log = logging.getLogger(__name__)
 
 DONE = "done"
-Part = Callable[[Engine, Round, Step], "Mapping[str, Any] | Waiting"]
+Part = Callable[[Engine, Round, Step], Outcome]
 
 TRAINING: dict[str, Part] = {"training": train, "measuring": measure_new}
 PARTS: dict[str, dict[str, Part]] = {
@@ -126,18 +130,15 @@ def only_one(engine: Engine) -> Iterator[None]:
     Raises:
         ValueError: another does.
     """
-    try:
-        lock = run_lock.held(engine.root)
-        lock.__enter__()
-    except ValueError as error:
-        raise ValueError(
-            f"{str(error).split(':')[0]}: wait for its end; data-engine status root={engine.root} shows "
-            "where it stands"
-        ) from None
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock.held(engine.root))
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).split(':')[0]}: wait for its end; data-engine status root={engine.root} "
+                "shows where it stands"
+            ) from None
         yield
-    finally:
-        lock.__exit__(None, None, None)
 
 
 def _moved_on(engine: Engine, round_: Round, found: Mapping[str, Any]) -> Round:
@@ -150,3 +151,62 @@ def _moved_on(engine: Engine, round_: Round, found: Mapping[str, Any]) -> Round:
     engine.store.put_round(moved)
     log.info("round %d: %s", moved.number, moved.state)
     return moved
+
+
+def retrain_now(engine: Engine) -> Model:
+    """Trains on all masks so far, as the last round's step says, from the model that the next round would have.
+
+    Raises:
+        ValueError: there is no round or no mask yet, or the training failed.
+    """
+    with only_one(engine):
+        round_ = engine.current_round()
+        if round_ is None:
+            raise ValueError(f"{engine.root} has no round yet, so nothing to train on")
+        before = engine.current_model()
+        start = replace(round_, model_id=before.id)
+        others = [one for one in engine.models() if one.round == round_.number]
+        name = f"sam_{len(others) + 1}"
+        model = retrain(engine, start, engine.steps[round_.plan_step], name=name)
+        if model is None:
+            raise ValueError(f"{engine.root} has no mask to train on yet")
+        return judged(engine, measured(engine, model), before)
+
+
+def promote(engine: Engine, name: str) -> Model:
+    """Makes a model the one that the next round works with, measured worse or not.
+
+    Args:
+        engine: see there.
+        name: the first digits of its id.
+
+    Raises:
+        ValueError: no model or several are so called.
+    """
+    with only_one(engine):
+        models = engine.models()
+        places = [place for place, one in enumerate(models) if one.id.startswith(name)]
+        if len(places) != 1:
+            known = ", ".join(one.id[:12] for one in models)
+            raise ValueError(f"promote_model={name} names {len(places)} models; there is: {known}")
+        for later in models[places[0] + 1 :]:
+            engine.store.put_model(replace(later, promoted=False))
+        chosen = replace(models[places[0]], promoted=True)
+        engine.store.put_model(chosen)
+        return chosen
+
+
+def generate_now(engine: Engine) -> Generated:
+    """One worker's share of the automatic round under way; `run_round` goes on when all is there.
+
+    Raises:
+        ValueError: no such round is under way.
+    """
+    round_ = engine.current_round()
+    if round_ is None or round_.state != "generating":
+        raise ValueError(
+            f"no automatic round of {engine.root} is at its shards: data-engine round root={engine.root} "
+            "brings one there"
+        )
+    worker, num_workers = engine.settings["worker"], engine.settings["num_workers"]
+    return generate_share(engine, round_, worker=int(worker), num_workers=int(num_workers))

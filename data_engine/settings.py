@@ -19,7 +19,9 @@ from sam_train import config
 from sam_train.ops.files import write_atomically
 
 FILE = "engine.yaml"
-OF_CALLS = ("root", "images", "annotations", "copy_images")
+OF_CALLS = tuple(
+    "root images annotations image reason who out worker num_workers promote_model".split()
+)
 """What a call says, and the file does not keep."""
 
 
@@ -68,7 +70,7 @@ def read(
     changes = composed(overrides, config_dir)
     with open_dict(stored):
         for name in OF_CALLS:
-            stored[name] = changes[name]
+            stored[name] = config.plain(changes, resolve=False)[name]
         for override in overrides:
             name = override.partition("=")[0].lstrip("+~")
             _change(stored, changes, name, path)

@@ -26,6 +26,7 @@ from data_engine.shard_writer import (
     write_total,
 )
 from data_engine.stages.shard_worker import MASKS_PER_SHARD
+from sam_train.convert.manifest import MANIFEST
 from sam_train.data.sa1b import is_wanted
 from sam_train.data.shards import decode_image, encode_record, json_content
 from sam_train.data.tar_samples import read_samples
@@ -60,6 +61,10 @@ def write_round(engine: Engine, round_: Round) -> list[ShardManifest]:
         made_with={"model": round_.model_id, "round": round_.number, "stage": source},
     )
     note_shards(engine, round_, manifests, source)
+    kept = {manifest.name for manifest in manifests}
+    for shard in engine.store.shards(round=round_.number, source=source):
+        if shard.path.rpartition("/")[2] not in kept:  # an image was taken down since
+            engine.store.put_shard(replace(shard, num_images=0, num_masks=0), [])
     return manifests
 
 
@@ -84,9 +89,17 @@ def write_shards(
         if path.name not in kept:
             manifest_path(path).unlink(missing_ok=True)
             path.unlink()
-    if manifests:
-        write_total(folder, name, manifests)
+    sum_up_folder(folder)
     return manifests
+
+
+def sum_up_folder(folder: Path) -> None:
+    """Writes the `manifest.json` of all finished shards of a folder, or removes it where there is none."""
+    found = (finished(path) for path in sorted(folder.glob("*.tar")))
+    if manifests := [one for one in found if one is not None]:
+        write_total(folder, manifests[0].name.rpartition("-")[0], manifests)
+    else:
+        (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def note_shards(
@@ -116,7 +129,7 @@ def whole_shards(engine: Engine) -> list[Shard]:
     Raises:
         FileNotFoundError: one of automatic masks, which are nowhere else, is gone or damaged.
     """
-    shards = engine.store.shards()
+    shards = [shard for shard in engine.store.shards() if shard.num_images]
     lost = [shard for shard in shards if finished(engine.path(shard.path)) is None]
     for number in sorted({shard.round for shard in lost if shard.source != "automatic"}):
         round_ = engine.store.round(number)
@@ -128,7 +141,7 @@ def whole_shards(engine: Engine) -> list[Shard]:
             + (f" (and {len(gone) - 1} more)" if len(gone) > 1 else "")
             + ", and its automatic masks are nowhere else: put it back and call again"
         )
-    return engine.store.shards()
+    return [shard for shard in engine.store.shards() if shard.num_images]
 
 
 def _labelled(engine: Engine, round_: Round) -> Iterator[Labelled]:

@@ -152,16 +152,18 @@ class ImageWork:
         """Clicks until the mask is good enough, then accepts it; paints where clicks are of no use."""
         patience, best, num_useless = self._settings.patience, before, 0
         seen = self._look(gt_mask)
-        while seen < self._settings.standards.good_enough and not self._is_late():
+        while True:
+            if seen < best - WORSE and self._session.undo():
+                self._clock.spend(self._time.key_s)
+                seen = best
+            if seen >= self._settings.standards.good_enough or self._is_late():
+                break
             num_useless = 0 if seen > best + NOTICEABLE else num_useless + 1
+            best = max(best, seen)
             if len(self._clicked) >= patience.max_clicks or num_useless >= patience.useless_clicks:
                 self._paint(gt_mask)
                 seen = self._look(gt_mask)
                 break
-            if seen < best - WORSE and self._clicked and self._session.undo():
-                self._clock.spend(self._time.key_s)
-                seen = best
-            best = max(best, seen)
             self._click(gt_mask)
             seen = self._look(gt_mask)
         self._stop(seen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,30 @@ def test_the_packaged_constants_are_the_ones_in_the_code() -> None:
     path = config.conf_dir() / "annotator" / "simulated.yaml"
 
     assert config.instantiate(OmegaConf.load(path)) == AnnotatorSettings()
+
+
+@pytest.fixture
+def nuclei(tmp_path: Path, shared_data: Path, built_in_sam: Sam) -> Any:
+    """Three real images with 70 objects or so."""
+    found = Office.__new__(Office)
+    found.store = open_store(tmp_path / "nuclei.sqlite", create=True)
+    shard = shared_data / "nuclei" / "val-000000.tar"
+    register(found.store, islice(find_images(str(shard)), 3))
+    found.images = sorted(found.store.images(), key=lambda image: image.key)
+    found.desk, found.predictor = Desk(found.store), SamPredictor(built_in_sam)
+    yield found
+    found.store.close()
+
+
+def test_on_real_nuclei_the_masks_are_near_the_truth_at_a_few_clicks_each(nuclei: Office) -> None:
+    nuclei.desk.add_tasks(assisted_tasks(nuclei.store, 1, nuclei.images))
+
+    done = nuclei.annotator().work("assisted")
+
+    assert done.num_masks >= 10
+    assert done.num_clicks / done.num_masks < 4
+    assert 4 < done.seconds / done.num_masks < 30
+    for number, image in enumerate(nuclei.images):
+        truth = nuclei.truth(number)
+        found = [rle.decode(mask.rle) for mask in nuclei.store.masks(image_id=image.id)]
+        assert not found or np.mean([max(iou(m, gt) for gt in truth) for m in found]) > 0.8

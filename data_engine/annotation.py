@@ -25,14 +25,14 @@ def hand_out(engine: Engine, round_: Round, step: Step) -> Outcome:
             f"round {round_.number} has no image to label: all are held out or labelled; register more "
             "with data-engine init, or take the step out of plan.steps"
         )
-    tasks = assisted_tasks(engine.store, round_.number, images, step.queue)
+    tasks = assisted_tasks(engine.store, round_.number, images, "prominence")
     engine.desk.add_tasks([replace(task, stage=round_.stage) for task in tasks])  # type: ignore[arg-type]
     return {"tasks": len(tasks)}
 
 
 def annotate(engine: Engine, round_: Round, step: Step) -> Outcome:
     """Waits for the tasks to be done; does them where a simulated annotator is asked for."""
-    if engine.settings["annotator"] is not None:
+    if engine.settings.get("annotator") is not None:
         simulate(engine, round_)
     open_ = still_open(engine.store.count_tasks(round=round_.number))
     return (

@@ -24,6 +24,7 @@ from data_engine.shard_claims import Share
 from data_engine.shard_writer import ShardManifest, finished
 from data_engine.shards_of_round import SHARDS, Labelled, note_shards, write_round, write_shards
 from data_engine.stages.fully_automatic import Generated, generate
+from sam_train import config
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +87,15 @@ def generate_masks(engine: Engine, round_: Round, step: Step) -> Outcome:
     """The automatic stage, as far as this process can."""
     num_workers = int(engine.settings["num_workers"])
     done = generate_share(
-        engine, round_, worker=int(engine.settings["worker"]), num_workers=num_workers
+        engine, round_, step, worker=int(engine.settings["worker"]), num_workers=num_workers
     )
     if done.num_open:
         return Waiting(f"{done.num_open} shards of other workers: data-engine generate makes them")
-    return {"stage": engine.settings["stages"]["automatic"]}
+    return {"stage": stage_node(engine, step)}
 
 
 def generate_share(
-    engine: Engine, round_: Round, *, worker: int = 0, num_workers: int = 1
+    engine: Engine, round_: Round, step: Step, *, worker: int = 0, num_workers: int = 1
 ) -> Generated:
     """A worker's share of the automatic stage.
 
@@ -105,7 +106,7 @@ def generate_share(
     # The same name after a crash: what it held then is still its own.
     claims = StoreClaims(engine.store, f"{socket.gethostname()}/{worker}", clock=engine.clock)
     return generate(
-        engine.settings["stages"]["automatic"],
+        stage_node(engine, step),
         checkpoint=str(engine.path(engine.model_of(round_).path)),
         shards=str(folder / IMAGES),
         out=folder / SHARDS,
@@ -136,6 +137,11 @@ def measure_new(engine: Engine, round_: Round, step: Step) -> Outcome:
     if model is None:
         return {}
     return {"promoted": judged(engine, measured(engine, model), engine.model_of(round_)).promoted}
+
+
+def stage_node(engine: Engine, step: Step) -> dict[str, Any]:
+    """What builds the stage of a step: its node of `stages`, with the step's own settings."""
+    return config.merged(engine.settings["stages"][step.stage], step.settings)
 
 
 def chosen_images(engine: Engine, round_: Round, step: Step) -> list[Image]:

@@ -209,4 +209,10 @@ def generate_now(engine: Engine) -> Generated:
             "brings one there"
         )
     worker, num_workers = engine.settings["worker"], engine.settings["num_workers"]
-    return generate_share(engine, round_, worker=int(worker), num_workers=int(num_workers))
+    return generate_share(
+        engine,
+        round_,
+        engine.steps[round_.plan_step],
+        worker=int(worker),
+        num_workers=int(num_workers),
+    )

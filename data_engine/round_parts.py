@@ -18,7 +18,8 @@ from data_engine.engine import Engine
 from data_engine.mask_store.claims import StoreClaims
 from data_engine.measure import measure
 from data_engine.plan import Step
-from data_engine.records import Image, Model, Round
+from data_engine.records import Model, Round
+from data_engine.report import write_report
 from data_engine.retrain import judged, retrain, train_detector
 from data_engine.shard_claims import Share
 from data_engine.shard_writer import ShardManifest, finished
@@ -67,7 +68,8 @@ def export_masks(engine: Engine, round_: Round, step: Step) -> Outcome:
 
 def stage_images(engine: Engine, round_: Round, step: Step) -> Outcome:
     """Puts the images of an automatic round into shards."""
-    images = chosen_images(engine, round_, step)
+    untouched = engine.store.untouched_images(before_round=round_.number)
+    images = list(islice(untouched, step.num_images))
     manifests = write_shards(
         engine.round_folder(round_.number) / IMAGES,
         round_.stage,
@@ -78,7 +80,7 @@ def stage_images(engine: Engine, round_: Round, step: Step) -> Outcome:
     if not manifests:
         raise ValueError(
             f"round {round_.number} has no image to label: all are held out or labelled; register more "
-            "with data-engine init, or take the step out of plan.steps"
+            "with data-engine register, or take the step out of plan.steps"
         )
     return {"images": sum(one.images for one in manifests)}
 
@@ -144,9 +146,12 @@ def stage_node(engine: Engine, step: Step) -> dict[str, Any]:
     return config.merged(engine.settings["stages"][step.stage], step.settings)
 
 
-def chosen_images(engine: Engine, round_: Round, step: Step) -> list[Image]:
-    """The images of a round: of those that nobody has looked at, the first by their hashes."""
-    return list(islice(engine.store.untouched_images(before_round=round_.number), step.num_images))
+def report(engine: Engine, round_: Round, step: Step) -> Outcome:
+    """Writes the round's report."""
+    write_report(
+        engine.store, engine.root, round_.number, config.instantiate(engine.settings["report"])
+    )
+    return {}
 
 
 def measured(engine: Engine, model: Model) -> Model:

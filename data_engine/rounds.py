@@ -29,6 +29,7 @@ from data_engine.round_parts import (
     measure_start,
     measured,
     note_generated,
+    report,
     stage_images,
     train,
 )
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 DONE = "done"
 Part = Callable[[Engine, Round, Step], Outcome]
 
-TRAINING: dict[str, Part] = {"training": train, "measuring": measure_new}
+TRAINING: dict[str, Part] = {"training": train, "measuring": measure_new, "reporting": report}
 PARTS: dict[str, dict[str, Part]] = {
     "assisted": {
         "begun": measure_start,

@@ -18,14 +18,6 @@ class UnknownTruthError(ValueError):
     """An image of which no ground truth is at hand; the message says where it was looked for."""
 
 
-def truth(image: Image) -> Sequence[Rle]:
-    """`known_truth`, or nothing where none is known."""
-    try:
-        return known_truth(image)
-    except UnknownTruthError:
-        return ()
-
-
 def known_truth(image: Image) -> Sequence[Rle]:
     """The masks of an image, (H, W) of the image each, by the JSON beside it in the shard that it lies in.
 
@@ -36,7 +28,7 @@ def known_truth(image: Image) -> Sequence[Rle]:
     if image.member is None:
         raise UnknownTruthError(
             f"{image.path} is no shard, so no ground truth is known: register shards (sam-convert "
-            "makes them), or name a COCO file (annotator.truth)"
+            "makes them), or name a COCO file (truth=)"
         )
     place = f"{image.member} of {image.path}"
     for sample in read_samples(image.path, is_wanted, image.offset or 0):

@@ -33,6 +33,13 @@ TRAINING = [
     "data.batch_size=1",
     "data.train_transform.max_masks=4",
 ]
+ANNOTATOR = [
+    "annotator=simulated",
+    "annotator.standards.good_enough=0.3",
+    "annotator.standards.acceptable=0.1",
+    "annotator.standards.wrong_below=0.05",
+]
+"""One that is content with what a toy model gives."""
 SETTINGS = [
     "plan=nuclei_small",
     "preset=sam_tiny",
@@ -45,6 +52,10 @@ SETTINGS = [
     "measure.proposals.max_images=1",
     "measure.proposals.num_pictures=0",
     "measure.proposals.generator.points_per_side=2",
+    "stages.semi_automatic.min_box_score=0.0",
+    "stages.semi_automatic.min_predicted_iou=0.0",
+    "stages.semi_automatic.min_stability=0.0",
+    "stages.semi_automatic.max_masks=3",
     "images_per_shard=2",
     "promote=always",
     "device=cpu",

@@ -18,8 +18,9 @@ from typing import Any
 from data_engine import settings
 from data_engine.mask_store.store import Store
 from data_engine.plan import Step, read_steps
-from data_engine.records import Model, Round
+from data_engine.records import Image, Model, Rle, Round
 from data_engine.tasks import Desk
+from data_engine.truth import known_truth
 from sam_train import config
 
 SAM, DETECTOR = "sam", "detector"
@@ -82,6 +83,19 @@ class Engine:
     def steps(self) -> tuple[Step, ...]:
         """The plan."""
         return read_steps(self.settings["plan"])
+
+    def truth(self, image: Image) -> Sequence[Rle]:
+        """The ground truth of an image, for simulated annotators and for measuring alone.
+
+        Raises:
+            UnknownTruthError: none is known.
+        """
+        return self._truth(image)
+
+    @cached_property
+    def _truth(self) -> Callable[[Image], Sequence[Rle]]:
+        node = self.settings.get("truth")
+        return known_truth if node is None else config.instantiate(node)
 
     def close(self) -> None:
         """Lets go of the store."""

@@ -44,6 +44,12 @@ def found(overrides: Sequence[str], config_dir: str | None = None) -> Engine:
         raise ValueError("no value for images; say images=... (a folder, a glob or shards)")
     root = Path(os.path.abspath(str(cfg.root)))
     cfg.root = str(root)
+    if cfg.annotations is not None and cfg.truth is None:
+        cfg.truth = {
+            "_target_": "data_engine.truth.CocoTruth",
+            "images": os.path.abspath(str(cfg.images)),
+            "annotations": os.path.abspath(str(cfg.annotations)),
+        }
     chosen = settings.resolved(cfg)
     read_steps(chosen["plan"])
     _check_free(root)

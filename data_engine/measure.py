@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_engine.engine import Engine
-from data_engine.records import Model
+from data_engine.records import Image, Model, Rle
 from data_engine.shards_of_round import Labelled, write_shards
-from data_engine.truth import truth
+from data_engine.truth import UnknownTruthError
 from sam_train import cli_common, config
 from sam_train.checkpoints.load import load_model
 from sam_train.convert.manifest import MANIFEST
@@ -86,8 +86,7 @@ def held_out_shards(engine: Engine) -> Path | None:
 
 def _with_truth(engine: Engine) -> Iterator[Labelled]:
     for image in engine.store.images(held_out=True):
-        masks = [one for one in truth(image) if rle.area(one)]
-        if masks:
+        if masks := [one for one in _truth(engine, image) if rle.area(one)]:
             yield Labelled(
                 image,
                 [
@@ -95,8 +94,14 @@ def _with_truth(engine: Engine) -> Iterator[Labelled]:
                     for one in masks
                 ],
             )
-        else:
-            log.warning("%s is held out, and nothing is known of its masks", image.key)
+
+
+def _truth(engine: Engine, image: Image) -> Sequence[Rle]:
+    try:
+        return engine.truth(image)
+    except UnknownTruthError as error:
+        log.warning("held out, and not measured on: %s", error)
+        return ()
 
 
 def _known(folder: Path) -> dict[str, Any] | None:

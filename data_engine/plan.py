@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 HUMAN = ("assisted", "semi_automatic")
@@ -19,7 +19,7 @@ class Step:
     Attributes:
         stage: assisted, semi_automatic or automatic.
         num_images: new images for it; None: all that are left.
-        queue: what decides which images come first, see `stages/assisted.py`.
+        settings: of its stage, those that are otherwise than `stages` has them: thresholds, say.
         retrain: whether to train on all masks afterwards; None: after a stage of people.
         recipe: of `conf/experiment/`, for that training.
         overrides: `name=value` of sam-train for it.
@@ -31,7 +31,7 @@ class Step:
 
     stage: str
     num_images: int | None = None
-    queue: str = "prominence"
+    settings: Mapping[str, Any] = field(default_factory=dict)
     retrain: bool | None = None
     recipe: str = "retrain"
     overrides: Sequence[str] = ()
@@ -69,7 +69,7 @@ def read_steps(plan: Mapping[str, Any]) -> tuple[Step, ...]:
     steps = plan.get("steps")
     if not isinstance(steps, list) or not steps:
         raise ValueError("plan.steps is a list of steps, got none: see conf/plan for examples")
-    known = {field.name for field in fields(Step)}
+    known = {one.name for one in fields(Step)}
     made = []
     for number, step in enumerate(steps, 1):
         values = {**(plan.get("defaults") or {}), **step}

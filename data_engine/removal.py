@@ -71,6 +71,8 @@ def remove(engine: Engine, name: str, *, reason: str, who: str) -> Removed:
         num_shards += 1
     for path in _unlisted(engine):
         num_shards += take_out(path, stone.key) is not None
+    for encoded in engine.root.glob(f"rounds/*/embeddings/*/{image_id}.safetensors"):
+        encoded.unlink()
     return Removed(stone, num_shards)
 
 

@@ -18,12 +18,14 @@ from data_engine.engine import Engine
 from data_engine.mask_store.claims import StoreClaims
 from data_engine.measure import measure
 from data_engine.plan import Step
-from data_engine.records import Image, Model, Round
+from data_engine.records import Model, Round
+from data_engine.report import write_report
 from data_engine.retrain import judged, retrain, train_detector
 from data_engine.shard_claims import Share
 from data_engine.shard_writer import ShardManifest, finished
 from data_engine.shards_of_round import SHARDS, Labelled, note_shards, write_round, write_shards
 from data_engine.stages.fully_automatic import Generated, generate
+from sam_train import config
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ def export_masks(engine: Engine, round_: Round, step: Step) -> Outcome:
 
 def stage_images(engine: Engine, round_: Round, step: Step) -> Outcome:
     """Puts the images of an automatic round into shards."""
-    images = chosen_images(engine, round_, step)
+    untouched = engine.store.untouched_images(before_round=round_.number)
+    images = list(islice(untouched, step.num_images))
     manifests = write_shards(
         engine.round_folder(round_.number) / IMAGES,
         round_.stage,
@@ -77,7 +80,7 @@ def stage_images(engine: Engine, round_: Round, step: Step) -> Outcome:
     if not manifests:
         raise ValueError(
             f"round {round_.number} has no image to label: all are held out or labelled; register more "
-            "with data-engine init, or take the step out of plan.steps"
+            "with data-engine register, or take the step out of plan.steps"
         )
     return {"images": sum(one.images for one in manifests)}
 
@@ -86,15 +89,15 @@ def generate_masks(engine: Engine, round_: Round, step: Step) -> Outcome:
     """The automatic stage, as far as this process can."""
     num_workers = int(engine.settings["num_workers"])
     done = generate_share(
-        engine, round_, worker=int(engine.settings["worker"]), num_workers=num_workers
+        engine, round_, step, worker=int(engine.settings["worker"]), num_workers=num_workers
     )
     if done.num_open:
         return Waiting(f"{done.num_open} shards of other workers: data-engine generate makes them")
-    return {"stage": engine.settings["stages"]["automatic"]}
+    return {"stage": stage_node(engine, step)}
 
 
 def generate_share(
-    engine: Engine, round_: Round, *, worker: int = 0, num_workers: int = 1
+    engine: Engine, round_: Round, step: Step, *, worker: int = 0, num_workers: int = 1
 ) -> Generated:
     """A worker's share of the automatic stage.
 
@@ -105,7 +108,7 @@ def generate_share(
     # The same name after a crash: what it held then is still its own.
     claims = StoreClaims(engine.store, f"{socket.gethostname()}/{worker}", clock=engine.clock)
     return generate(
-        engine.settings["stages"]["automatic"],
+        stage_node(engine, step),
         checkpoint=str(engine.path(engine.model_of(round_).path)),
         shards=str(folder / IMAGES),
         out=folder / SHARDS,
@@ -138,9 +141,17 @@ def measure_new(engine: Engine, round_: Round, step: Step) -> Outcome:
     return {"promoted": judged(engine, measured(engine, model), engine.model_of(round_)).promoted}
 
 
-def chosen_images(engine: Engine, round_: Round, step: Step) -> list[Image]:
-    """The images of a round: of those that nobody has looked at, the first by their hashes."""
-    return list(islice(engine.store.untouched_images(before_round=round_.number), step.num_images))
+def stage_node(engine: Engine, step: Step) -> dict[str, Any]:
+    """What builds the stage of a step: its node of `stages`, with the step's own settings."""
+    return config.merged(engine.settings["stages"][step.stage], step.settings)
+
+
+def report(engine: Engine, round_: Round, step: Step) -> Outcome:
+    """Writes the round's report."""
+    write_report(
+        engine.store, engine.root, round_.number, config.instantiate(engine.settings["report"])
+    )
+    return {}
 
 
 def measured(engine: Engine, model: Model) -> Model:

@@ -29,6 +29,7 @@ from data_engine.round_parts import (
     measure_start,
     measured,
     note_generated,
+    report,
     stage_images,
     train,
 )
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 DONE = "done"
 Part = Callable[[Engine, Round, Step], Outcome]
 
-TRAINING: dict[str, Part] = {"training": train, "measuring": measure_new}
+TRAINING: dict[str, Part] = {"training": train, "measuring": measure_new, "reporting": report}
 PARTS: dict[str, dict[str, Part]] = {
     "assisted": {
         "begun": measure_start,
@@ -209,4 +210,10 @@ def generate_now(engine: Engine) -> Generated:
             "brings one there"
         )
     worker, num_workers = engine.settings["worker"], engine.settings["num_workers"]
-    return generate_share(engine, round_, worker=int(worker), num_workers=int(num_workers))
+    return generate_share(
+        engine,
+        round_,
+        engine.steps[round_.plan_step],
+        worker=int(worker),
+        num_workers=int(num_workers),
+    )

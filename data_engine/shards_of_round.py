@@ -145,10 +145,10 @@ def whole_shards(engine: Engine) -> list[Shard]:
 
 
 def _labelled(engine: Engine, round_: Round) -> Iterator[Labelled]:
-    done = engine.store.tasks(round=round_.number, state="done")
+    done = engine.store.tasks(round=round_.number, stage=round_.stage, state="done")
     images = engine.store.images_by_id([task.image_id for task in done])
     for image_id in sorted(images):
-        masks = engine.store.masks(round=round_.number, image_id=image_id)
+        masks = engine.store.masks(round=round_.number, source=round_.stage, image_id=image_id)
         yield Labelled(images[image_id], [_annotation(mask) for mask in masks])
 
 

@@ -36,7 +36,7 @@ def known_truth(image: Image) -> Sequence[Rle]:
     if image.member is None:
         raise UnknownTruthError(
             f"{image.path} is no shard, so no ground truth is known: register shards (sam-convert "
-            "makes them), or name a COCO file (annotator.truth)"
+            "makes them), or name a COCO file (truth=)"
         )
     place = f"{image.member} of {image.path}"
     for sample in read_samples(image.path, is_wanted, image.offset or 0):

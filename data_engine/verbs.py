@@ -88,6 +88,40 @@ def generate(call: Call) -> None:
         print(generate_now(engine))
 
 
+def annotate(call: Call) -> None:
+    """does the open tasks of the round under way: annotator=simulated"""
+    from data_engine.annotation import simulate
+
+    with _engine(call) as engine:
+        if engine.settings.get("annotator") is None:
+            raise ValueError("the page for people is not built yet; say annotator=simulated")
+        round_ = engine.current_round()
+        if round_ is None or round_.state != "annotating":
+            raise ValueError(f"no round waits for annotators: data-engine round root={engine.root}")
+        print(simulate(engine, round_, round_.stage))
+
+
+def audit(call: Call) -> None:
+    """second looks at an automatic round's masks: of_round=N annotator=simulated; tune=true proposes thresholds"""
+    from data_engine.second_looks import run_audit, run_tuning
+
+    with _engine(call) as engine:
+        print(run_tuning(engine) if engine.settings["tune"] else run_audit(engine))
+
+
+def report(call: Call) -> None:
+    """a round's report, written anew: of_round=N"""
+    from data_engine.report import write_report
+
+    with _engine(call) as engine:
+        number, last = engine.settings["of_round"], engine.current_round()
+        if number is None and last is None:
+            raise ValueError(f"{engine.root} has no round yet")
+        chosen = int(number) if number is not None or last is None else last.number
+        node = config.instantiate(engine.settings["report"])
+        print(f"See {write_report(engine.store, engine.root, chosen, node)}")
+
+
 def remove(call: Call) -> None:
     """takes an image down, with all that came from it: image=KEY reason=TEXT"""
     from data_engine.removal import remove as take_down
@@ -131,6 +165,9 @@ VERBS: dict[str, Callable[[Call], None]] = {
     "round": round_,
     "retrain": retrain,
     "generate": generate,
+    "annotate": annotate,
+    "audit": audit,
+    "report": report,
     "remove": remove,
     "backup": backup,
 }

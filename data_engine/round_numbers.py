@@ -1,0 +1,187 @@
+"""What a round made and what it cost, counted from the store and the manifests of its shards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_engine.automatic_shards import automatic_shards
+from data_engine.mask_store.store import Store
+from data_engine.records import Mask, Round, Task
+
+AUTOMATIC = "automatic"
+SIMULATED = "simulated"
+"""How the names of simulated annotators begin."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What annotators did in a round.
+
+    Attributes:
+        num_done, num_open: of its tasks.
+        num_drawn: masks made from nothing.
+        num_corrected: made from ready-made ones.
+        num_passed: ready-made ones that were left as they were.
+        num_struck_out: ready-made ones that were not handed back.
+        mask_seconds, mask_clicks: of each mask drawn or corrected.
+        image_seconds: of each task done, all in.
+        events: how many there were of each kind.
+        annotators: who did them, sorted.
+    """
+
+    num_done: int
+    num_open: int
+    num_drawn: int
+    num_corrected: int
+    num_passed: int
+    num_struck_out: int
+    mask_seconds: np.ndarray
+    mask_clicks: np.ndarray
+    image_seconds: np.ndarray
+    events: Mapping[str, int]
+    annotators: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundNumbers:
+    """A round in numbers.
+
+    Attributes:
+        round: the row.
+        num_images: labelled, those without a mask too.
+        num_masks: on them.
+        num_ready_made: of these, the model's own that nobody changed.
+        work: of people; None in an automatic round.
+        rejects: candidates that each filter left out, in the filters' order; empty in a round of people.
+        missing: automatic shards that are gone, damaged or of another machine: their rejects are not known.
+    """
+
+    round: Round
+    num_images: int
+    num_masks: int
+    num_ready_made: int
+    work: Work | None = None
+    rejects: Mapping[str, int]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def masks_per_image(self) -> float | None:
+        """None where no image is done."""
+        return self.num_masks / self.num_images if self.num_images else None
+
+    @property
+    def share_automatic(self) -> float | None:
+        """The share of the masks that nobody drew or changed, in [0, 1]."""
+        return self.num_ready_made / self.num_masks if self.num_masks else None
+
+    @property
+    def seconds_per_mask(self) -> float | None:
+        """The mean over masks drawn or corrected, as SAM counts: those passed take none."""
+        return None if self.work is None else mean(self.work.mask_seconds)
+
+    @property
+    def seconds_per_mask_all_in(self) -> float | None:
+        """All that annotators spent on the images, looking and searching too, over all masks."""
+        if self.work is None or not self.num_masks:
+            return None
+        return float(self.work.image_seconds.sum()) / self.num_masks
+
+    @property
+    def clicks_per_mask(self) -> float | None:
+        """The mean over masks drawn or corrected."""
+        return None if self.work is None else mean(self.work.mask_clicks)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether anybody who worked on it was simulated."""
+        return self.work is not None and is_simulated(self.work.annotators)
+
+
+def mean(values: np.ndarray) -> float | None:
+    """None of no values."""
+    return float(values.mean()) if len(values) else None
+
+
+def is_simulated(annotators: tuple[str, ...]) -> bool:
+    """Whether any of these is simulated."""
+    return any(name.startswith(SIMULATED) for name in annotators)
+
+
+def round_numbers(store: Store, root: Path, round_: Round) -> RoundNumbers:
+    """Counts a round, done or under way."""
+    if round_.stage == AUTOMATIC:
+        return _automatic(store, root, round_)
+    return _of_people(store, round_)
+
+
+def _automatic(store: Store, root: Path, round_: Round) -> RoundNumbers:
+    shards = automatic_shards(store, root, round_.number)
+    rejects: Counter[str] = Counter()
+    for own in shards:
+        if own.manifest is not None:
+            rejects.update(own.manifest.rejects)
+    num_masks = sum(own.shard.num_masks for own in shards)
+    return RoundNumbers(
+        round=round_,
+        num_images=sum(own.shard.num_images for own in shards),
+        num_masks=num_masks,
+        num_ready_made=num_masks,
+        rejects=dict(rejects),
+        missing=tuple(own.shard.path for own in shards if own.manifest is None),
+    )
+
+
+def _of_people(store: Store, round_: Round) -> RoundNumbers:
+    tasks = store.tasks(round=round_.number, stage=round_.stage)
+    done = {task.id: task for task in tasks if task.state == "done"}
+    shown = {task.id: _shown(task) for task in done.values()}
+    made: Counter[str] = Counter()
+    seconds, clicks, returned = [], [], set()
+    for mask in store.masks(round=round_.number, source=round_.stage):
+        kind = _kind(mask, shown.get(mask.task_id, {}))
+        made[kind] += 1
+        returned.add((mask.task_id, mask.corrects))
+        if kind != "passed":
+            seconds.append(mask.seconds)
+            clicks.append(mask.num_clicks)
+    submissions = [own for own in store.submissions(round=round_.number) if own.task_id in done]
+    struck_out = {(task_id, name) for task_id, own in shown.items() for name in own} - returned
+    work = Work(
+        num_done=len(done),
+        num_open=sum(task.state in ("open", "leased") for task in tasks),
+        num_drawn=made["drawn"],
+        num_corrected=made["corrected"],
+        num_passed=made["passed"],
+        num_struck_out=len(struck_out),
+        mask_seconds=np.array(seconds, float),
+        mask_clicks=np.array(clicks, float),
+        image_seconds=np.array([own.seconds for own in submissions], float),
+        events=dict(Counter(event.kind for own in submissions for event in own.events)),
+        annotators=tuple(sorted({own.annotator for own in submissions})),
+    )
+    return RoundNumbers(
+        round=round_,
+        num_images=len(done),
+        num_masks=made.total(),
+        num_ready_made=made["passed"],
+        work=work,
+        rejects={},
+    )
+
+
+def _shown(task: Task) -> dict[str, Any]:
+    """The RLEs of a task's ready-made masks, by their ids."""
+    return {own["id"]: own["rle"] for own in task.payload.get("masks", ())}
+
+
+def _kind(mask: Mask, shown: Mapping[str, Any]) -> str:
+    if mask.corrects is None:
+        return "drawn"
+    before = shown.get(mask.corrects)
+    return "passed" if before and before["counts"] == mask.rle["counts"] else "corrected"

@@ -57,6 +57,14 @@ class AnnotationSession:
         shown: by id, those that are neither kept, struck out nor taken up.
     """
 
+    # Of the object under work; all begin anew with the next one.
+    _states: list[ObjectState]
+    _undone: list[ObjectState]
+    _corrects: str | None
+    _model_before: str | None
+    _num_clicks: int
+    _since: float
+
     def __init__(
         self,
         predictor: SamPredictor | Sam,
@@ -302,9 +310,8 @@ class AnnotationSession:
         return self._clock() - self._opened
 
     def _start_object(self, state: ObjectState) -> None:
-        self._states, self._undone = [state], list[ObjectState]()
-        self._corrects: str | None = None
-        self._model_before: str | None = None
+        self._states, self._undone = [state], []
+        self._corrects, self._model_before = None, None
         self._num_clicks = 0  # also those that were undone
         self._since = self._clock()
 

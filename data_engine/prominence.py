@@ -29,8 +29,8 @@ def contrast_levels(mask: np.ndarray, pixels: np.ndarray) -> float:
     if not width or not ring.any():
         return 0.0
     window = np.ascontiguousarray(pixels[rows, columns])
-    means = [cv2.mean(window, mask=where)[: window.shape[2]] for where in (inside, ring)]
-    return float(np.abs(np.subtract(*means)).max())
+    own, others = (np.array(cv2.mean(window, mask=where)[:3]) for where in (inside, ring))
+    return float(np.abs(own - others).max())
 
 
 def prominence(mask: np.ndarray, pixels: np.ndarray) -> float:

@@ -57,6 +57,14 @@ class AnnotationSession:
         shown: by id, those that are neither kept, struck out nor taken up.
     """
 
+    # Of the object under work; all begin anew with the next one.
+    _states: list[ObjectState]
+    _undone: list[ObjectState]
+    _corrects: str | None
+    _model_before: str | None
+    _num_clicks: int
+    _since: float
+
     def __init__(
         self,
         predictor: SamPredictor | Sam,
@@ -72,6 +80,8 @@ class AnnotationSession:
         if self._predictor.original_size is None:
             raise SessionError("no image is set: give the session its pixels")
         self.size = self._predictor.original_size
+        # As an embedding comes out of a file: laid out otherwise, it gives other last digits.
+        self._predictor.features = self._predictor.get_image_embedding().contiguous()
         self.shown = {str(one["id"]): one for one in shown}
         self._clock, self._opened = clock, clock()
         self._model_id = model_id
@@ -300,9 +310,8 @@ class AnnotationSession:
         return self._clock() - self._opened
 
     def _start_object(self, state: ObjectState) -> None:
-        self._states, self._undone = [state], list[ObjectState]()
-        self._corrects: str | None = None
-        self._model_before: str | None = None
+        self._states, self._undone = [state], []
+        self._corrects, self._model_before = None, None
         self._num_clicks = 0  # also those that were undone
         self._since = self._clock()
 

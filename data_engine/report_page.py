@@ -10,6 +10,8 @@ from data_engine import agreement, audit
 from data_engine.report_content import Report
 from data_engine.round_numbers import RoundNumbers
 
+FINISHED = ("reporting", "done")
+"""States of a round in which all that a report tells is there."""
 Section = Literal["rounds", "work", "masks", "rejects", "audit", "quality", "pictures"]
 SIMULATED_NOTE = (
     "Simulated: ground truth played the annotator. Its seconds follow from a stated model of time, and "
@@ -128,7 +130,7 @@ def _warnings(report: Report) -> Iterator[Text]:
     if report.is_simulated:
         names = ", ".join(report.annotators)
         yield Text(f"{SIMULATED_NOTE} Annotators: {names}.", warns=True)
-    if now.round.state != "done":
+    if now.round.state not in FINISHED:
         yield Text(
             f"The round is under way ({now.round.state}): these are its figures so far.", warns=True
         )

@@ -264,14 +264,16 @@ class Model:
     """A checkpoint and where it comes from.
 
     Attributes:
-        id: SHA-256 of the checkpoint file's bytes, in hex.
-        parent: id of the model that its training began from.
+        id: fingerprint of its weights (`sam_train/models/fingerprint.py`): a checkpoint file holds times too.
+        path: of its checkpoint, relative to the engine's folder.
+        parent: id of the model that its training began from; of a detector, the one whose encoder it has.
         round: the one after which it was trained; None for the first.
         trained_on: paths of the shards (see `Shard`) that it saw.
         data_fingerprint: of all that it saw.
-        config, metrics: plain JSON.
+        config: plain JSON; "kind" is "sam" or "detector", "command" what trained it.
+        metrics: plain JSON, on the held-out images; empty where nothing was measured.
         code_version: of the project.
-        promoted: whether the next round works with it.
+        promoted: whether rounds work with it; the next round works with the last one of these.
     """
 
     id: str

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
 from sam_train import cli_common, config
@@ -150,6 +151,11 @@ def imagined(cfg: DictConfig) -> tuple[Any, Any]:
     from sam_train.training.interactive import InteractiveTraining
     from sam_train.training.step_cost import Run
 
+    if not issubclass(get_class(cfg.task._target_), InteractiveTraining):
+        raise ValueError(
+            "estimate=true and data.batch_size=auto know what prompts cost, not what this task does: "
+            "state data.batch_size, and try a few steps with trainer.max_steps=20"
+        )
     given = {}
     if "teacher" in cfg.task:
         node = config.plain(cfg.task.teacher, resolve=True)
@@ -157,11 +163,6 @@ def imagined(cfg: DictConfig) -> tuple[Any, Any]:
         given["teacher"] = Teacher.without_weights(**node)
     with torch.device("meta"):
         module = config.instantiate(cfg.task, **given)
-    if not isinstance(module, InteractiveTraining):
-        raise ValueError(
-            "estimate=true and data.batch_size=auto know what prompts cost, not what this task does: "
-            "state data.batch_size, and try a few steps with trainer.max_steps=20"
-        )
     freeze(module.model, cfg.finetune)
     most_masks = cfg.data.batch_size * _max_masks(cfg.data)
     run = Run.of_trainer(

@@ -26,8 +26,10 @@ def from_row(kind: type[Record], row: Row[Any]) -> Record:
 
 def insert_new(connection: Connection, table: Table, rows: Iterable[Mapping[str, Any]]) -> int:
     """Inserts rows but those whose primary key is there; returns how many it inserted."""
-    statement = _insert(connection, table).on_conflict_do_nothing(index_elements=table.primary_key)
-    return sum(connection.execute(statement, chunk).rowcount for chunk in chunks(rows, CHUNK))
+    key = table.primary_key
+    # What comes back is counted: of many rows at once psycopg does not tell how many it inserted.
+    insert = _insert(connection, table).on_conflict_do_nothing(index_elements=key).returning(*key)
+    return sum(len(connection.execute(insert, chunk).all()) for chunk in chunks(rows, CHUNK))
 
 
 def put(connection: Connection, table: Table, row: Mapping[str, Any], where: Any = None) -> bool:
@@ -40,7 +42,7 @@ def put(connection: Connection, table: Table, row: Mapping[str, Any], where: Any
     changes = {name: insert.excluded[name] for name in row if name not in table.primary_key.columns}
     key = table.primary_key
     update = insert.on_conflict_do_update(index_elements=key, set_=changes, where=where)
-    return connection.execute(update).rowcount == 1
+    return connection.execute(update.returning(*key)).first() is not None
 
 
 def _insert(connection: Connection, table: Table) -> sqlite.Insert | postgresql.Insert:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, Table, delete, func, select
+from sqlalchemy import Connection, Engine, Select, Table, delete, exists, func, select
 
 from data_engine.mask_store import schema
 from data_engine.mask_store.connect import explained, make_engine, where
@@ -134,6 +134,20 @@ class Store:
     def images(self, *, held_out: bool | None = None) -> Iterator[Image]:
         """Images by id, streamed."""
         return self._stream(Image, _chosen(schema.images, held_out=held_out).order_by("id"))
+
+    def untouched_images(self, *, before_round: int) -> Iterator[Image]:
+        """Images that are not held out, and that no task or shard of an earlier round had; by id, streamed."""
+        image, task, held = schema.images.c, schema.tasks.c, schema.shard_images.c
+        tasks = exists().where(
+            task.image_id == image.id, task.round < before_round, task.state != "withdrawn"
+        )
+        shards = exists().where(
+            held.image_id == image.id,
+            held.shard_path == schema.shards.c.path,
+            schema.shards.c.round < before_round,
+        )
+        query = select(schema.images).where(~image.held_out, ~tasks, ~shards).order_by(image.id)
+        return self._stream(Image, query)
 
     def num_images(self, *, held_out: bool | None = None) -> int:
         """How many `images` gives."""
@@ -289,8 +303,12 @@ class Store:
         return None if row is None else from_row(kind, row)
 
     def _stream(self, kind: type[Record], query: Select[Any]) -> Iterator[Record]:
-        with self.read() as connection:
-            for row in connection.execution_options(yield_per=CHUNK).execute(query):
+        with (
+            self.read() as connection,
+            # Closed also where the reader stops early: on a server the cursor would stay.
+            connection.execution_options(yield_per=CHUNK).execute(query) as rows,
+        ):
+            for row in rows:
                 yield from_row(kind, row)
 
 

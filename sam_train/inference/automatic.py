@@ -15,6 +15,12 @@ from sam_train.structures import Annotation
 
 log = logging.getLogger(__name__)
 
+ADVICE = (
+    "; preset.pred_iou_thresh and preset.stability_score_thresh are set for released models: tune=true "
+    "proposes values for this one from labelled images"
+)
+"""Where the thresholds have rejected most: what a model that was trained for a short time needs."""
+
 
 class AutomaticSegmenter:
     """Finds all masks of each image.
@@ -52,5 +58,10 @@ class AutomaticSegmenter:
             found, report = find_in_tiles(self.generator, image, self.tiling)
         self.report = self.report.plus(report)
         if not found.edges:
-            log.warning("no mask was found: %s", report)
+            log.warning("no mask was found: %s%s", report, _advice(report))
         return to_annotations(found, size)
+
+
+def _advice(report: FilterReport) -> str:
+    below = report.low_predicted_iou + report.low_stability
+    return ADVICE if 2 * below > report.candidates else ""

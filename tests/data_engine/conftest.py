@@ -26,6 +26,11 @@ from sam_train.structures import ImageRecord
 SERVER = Path(__file__).with_name("throwaway_postgres.py")
 WriteShard = Callable[..., Path]
 
+SMALL = [
+    *("images=none", "+stage=automatic", "preset=sam_tiny", "preset.points_per_side=4"),
+    *("preset.pred_iou_thresh=0.2", "preset.stability_score_thresh=0.4"),
+]
+
 
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
@@ -132,8 +137,7 @@ def stage_node() -> Callable[..., dict[str, Any]]:
     """`stage_node("limits.judged_after=2", ...)`: the stage's node as the command would have it."""
 
     def node(*overrides: str) -> dict[str, Any]:
-        small = ["images=none", "+stage=automatic", "preset=sam_tiny", "preset.points_per_side=4"]
-        cfg = config.compose("segment", [*small, *overrides])
+        cfg = config.compose("segment", [*SMALL, *overrides])
         return config.plain(cfg.stage, resolve=True)
 
     return node

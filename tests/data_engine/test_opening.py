@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from data_engine.mask_store.connect import StoreError, make_engine
 from data_engine.mask_store.migrate import migrate
 from data_engine.mask_store.schema import metadata
 from data_engine.mask_store.store import open_store
-from data_engine.records import Image, Task
+from data_engine.records import Image, Round, Task
 from data_engine.tasks import Desk
 
 FIRST = "0001"
@@ -33,6 +34,17 @@ def test_a_store_opens_again_with_what_is_in_it(
         again = open_store(store_url, create=create)
         assert again.num_images() == 1
         again.close()
+
+
+def test_many_that_make_a_store_at_once_make_one(store_url: str) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        made = list(pool.map(lambda _: open_store(store_url, create=True), range(6)))
+
+    for number, store in enumerate(made):
+        store.put_round(Round(number=number, stage="assisted", state="open", plan_step=0))
+    assert len(made[0].rounds()) == 6
+    for store in made:
+        store.close()
 
 
 def test_an_older_store_is_upgraded_and_keeps_its_rows(

@@ -19,7 +19,10 @@ from data_engine.stages.fully_automatic import AutomaticStage
 from sam_train import config
 from sam_train.checkpoints.load import load_model
 
-SETTINGS = ["images=none", "+stage=automatic", "preset=sam_tiny", "preset.points_per_side=4"]
+SETTINGS = [
+    *("images=none", "+stage=automatic", "preset=sam_tiny", "preset.points_per_side=4"),
+    *("preset.pred_iou_thresh=0.2", "preset.stability_score_thresh=0.4"),
+]
 
 
 def work(shards: str, out: Path) -> None:

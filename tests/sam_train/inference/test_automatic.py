@@ -107,6 +107,21 @@ def test_an_empty_result_explains_itself(discs: Discs, caplog: pytest.LogCapture
         assert segmenter.segment(blank()) == []
 
     assert "no mask was found" in caplog.text and "low stability" in caplog.text
+    assert "tune=true" in caplog.text
+
+
+def test_thresholds_are_not_blamed_for_what_other_filters_drop(
+    discs: Discs, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = discs((99, 99), (0.95, 0.95))
+    segmenter = AutomaticSegmenter(
+        model, lambda model: SamAutomaticMaskGenerator(model, 4, max_mask_area_fraction=0.95)
+    )
+
+    with caplog.at_level(logging.WARNING):
+        assert segmenter.segment(blank()) == []
+
+    assert "too large" in caplog.text and "tune=true" not in caplog.text
 
 
 def test_the_sa_1b_preset_drops_what_the_paper_drops(discs: Discs) -> None:

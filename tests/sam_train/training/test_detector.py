@@ -94,6 +94,7 @@ def run(toy: list[str], sam_file: Path, folder: Path, resume: Path | None = None
     return training, report.latest
 
 
+@pytest.mark.filterwarnings(r"ignore:Found \d+ module\(s\) in eval mode")
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
     toy: list[str], sam_file: Path, tmp_path: Path
 ) -> None:

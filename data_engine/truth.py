@@ -1,0 +1,98 @@
+"""Ground truth of registered images, for simulated annotators and for measuring, and for nobody else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from data_engine.records import Image, Rle
+from sam_train.data.coco import CocoItems
+from sam_train.data.sa1b import is_wanted
+from sam_train.data.shards import decode_record
+from sam_train.data.tar_samples import read_samples
+
+
+class UnknownTruthError(ValueError):
+    """An image of which no ground truth is at hand; the message says where it was looked for."""
+
+
+def truth(image: Image) -> Sequence[Rle]:
+    """`known_truth`, or nothing where none is known."""
+    try:
+        return known_truth(image)
+    except UnknownTruthError:
+        return ()
+
+
+def known_truth(image: Image) -> Sequence[Rle]:
+    """The masks of an image, (H, W) of the image each, by the JSON beside it in the shard that it lies in.
+
+    Raises:
+        UnknownTruthError: it lies in no shard, or there without a JSON, or the JSON is damaged.
+        OSError: the shard is gone.
+    """
+    if image.member is None:
+        raise UnknownTruthError(
+            f"{image.path} is no shard, so no ground truth is known: register shards (sam-convert "
+            "makes them), or name a COCO file (truth=)"
+        )
+    place = f"{image.member} of {image.path}"
+    for sample in read_samples(image.path, is_wanted, image.offset or 0):
+        if image.member not in {f"{sample.key}.{suffix}" for suffix in sample.files}:
+            continue
+        if "json" not in sample.files:
+            raise UnknownTruthError(f"{place} has no JSON, so no ground truth")
+        try:
+            record = decode_record(sample.key, sample.files)
+        except ValueError as error:
+            raise UnknownTruthError(f"the ground truth of {place} is unusable: {error}") from None
+        if record.size != image.size:
+            raise UnknownTruthError(
+                f"{place} is {image.size} pixels (height, width), its JSON says {record.size}"
+            )
+        return [annotation.rle for annotation in record.annotations]
+    raise UnknownTruthError(f"{place} is not there any more, so no ground truth is known")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoTruth:
+    """The same of images that were registered from a COCO file; called as `known_truth` is.
+
+    Attributes:
+        images: the folder that `file_name` is looked for in, as for `init`.
+        annotations: the JSON file.
+    """
+
+    images: str
+    annotations: str
+
+    def __call__(self, image: Image) -> Sequence[Rle]:
+        """The masks of an image.
+
+        Raises:
+            UnknownTruthError: the file has no usable annotation of it.
+            FileNotFoundError, ValueError: it is no COCO file.
+        """
+        number = self._numbers.get(image.path)
+        if number is None:
+            raise UnknownTruthError(f"{self.annotations} has no annotation of {image.path}")
+        return [annotation.rle for annotation in self._items.record(number).annotations]
+
+    @cached_property
+    def _items(self) -> CocoItems:
+        return CocoItems(images=self.images, annotations=self.annotations)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        """Places in the file of the images, by the paths that they are registered at."""
+        items, found = self._items, {}
+        for number in range(len(items)):
+            entry = items.index.image(number)
+            name = str(entry["file_name"])
+            path = items.folder.at(name) or items.folder.by_bare_name(
+                name, namesake=items.index.namesake(number), size=None
+            )
+            found[os.path.abspath(path)] = number
+        return found

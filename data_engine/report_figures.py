@@ -250,7 +250,8 @@ def _histogram(
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if is_whole:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False, fontsize="small")
+    # Named, as to look for the best place takes long where there are many values.
+    axes.legend(frameon=False, fontsize="small", loc="upper right")
 
 
 def _rejects(axes: Any, now: RoundNumbers) -> None:

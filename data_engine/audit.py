@@ -126,11 +126,13 @@ def second_looks(store: Store, round_number: int) -> list[Task]:
 def collect_reviews(store: Store, round_number: int) -> int:
     """Makes reviews of what annotators have handed in since, and returns how many there are new."""
     received = {own.task_id: own.received_at for own in store.submissions(round=round_number)}
-    return store.add_reviews(
+    # All at hand before the store is written to: a generator would read it meanwhile.
+    reviews = [
         review
         for task in second_looks(store, round_number)
         for review in _reviews(task, list(store.masks(task_id=task.id)), received[task.id])
-    )
+    ]
+    return store.add_reviews(reviews)
 
 
 def _reviews(task: Task, handed_in: Sequence[Mask], received_at: float) -> Iterator[Review]:

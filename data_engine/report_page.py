@@ -10,6 +10,8 @@ from data_engine import agreement, audit
 from data_engine.report_content import Report
 from data_engine.round_numbers import RoundNumbers
 
+FINISHED = ("reporting", "done")
+"""States of a round in which all that a report tells is there."""
 Section = Literal["rounds", "work", "masks", "rejects", "audit", "quality", "pictures"]
 SIMULATED_NOTE = (
     "Simulated: ground truth played the annotator. Its seconds follow from a stated model of time, and "
@@ -85,8 +87,7 @@ class Page(NamedTuple):
 
 def build_page(report: Report, figures: Sequence[Drawn]) -> Page:
     """Puts a report into words, with its figures where they belong."""
-    now = report.now.round
-    title = f"Round {now.number}: {now.stage.replace('_', '-')}"
+    title = f"Round {report.now.round.number}: {_stage(report.now)}"
     return Page(title, list(_blocks(report, figures)))
 
 
@@ -129,7 +130,7 @@ def _warnings(report: Report) -> Iterator[Text]:
     if report.is_simulated:
         names = ", ".join(report.annotators)
         yield Text(f"{SIMULATED_NOTE} Annotators: {names}.", warns=True)
-    if now.round.state != "done":
+    if now.round.state not in FINISHED:
         yield Text(
             f"The round is under way ({now.round.state}): these are its figures so far.", warns=True
         )
@@ -168,12 +169,15 @@ def _summary(report: Report) -> Table:
     return Table(("", "this round", "SAM, its data engine"), rows)
 
 
+def _stage(own: RoundNumbers) -> str:
+    return own.round.stage.replace("_", "-")
+
+
 def _history(rounds: Sequence[RoundNumbers]) -> Table:
-    head = ("round", "stage", "images", "masks", "per image", "s per mask", "clicks", "automatic")
+    head = ("round", "images", "masks", "per image", "s per mask", "clicks", "automatic")
     rows = [
         (
-            str(own.round.number),
-            own.round.stage.replace("_", "-") + (" (simulated)" if own.is_simulated else ""),
+            f"{own.round.number}, {_stage(own)}" + (", simulated" if own.is_simulated else ""),
             whole(own.num_images),
             whole(own.num_masks),
             decimal(own.masks_per_image),

@@ -15,7 +15,7 @@ from data_engine.audit import Audit, audit_tasks
 from data_engine.automatic_shards import automatic_shards
 from data_engine.image_finding import find_images
 from data_engine.images import image_bytes, register
-from data_engine.mask_store.store import Store, open_store
+from data_engine.mask_store.store import open_store
 from data_engine.records import DrawnMask, Event, Image, Model, Round, Shard, Submission, Task
 from data_engine.shard_writer import ShardManifest, finished
 from data_engine.stages.fully_automatic import AutomaticStage
@@ -103,7 +103,8 @@ class Filled:
         round_ = self._round(number, "automatic")
         folder = self.root / "rounds" / f"{number:03d}"
         half = (len(images) + 1) // 2
-        for part, own in enumerate((images[:half], images[half:])):
+        parts = [own for own in (images[:half], images[half:]) if own]
+        for part, own in enumerate(parts):
             tar = TarWriter(_made(folder / "images" / f"automatic-{part:06d}.tar"))
             for image in own:
                 suffix = str(image.member).rsplit(".", 1)[1]
@@ -114,7 +115,7 @@ class Filled:
         out = folder / "shards"
         stage.run(self.sam, str(folder / "images"), out, settings=self.stage, round_number=number)
         made = []
-        for part, own in enumerate((images[:half], images[half:])):
+        for part, own in enumerate(parts):
             manifest = finished(out / f"automatic-{part:06d}.tar")
             assert manifest is not None
             made.append(manifest)
@@ -227,12 +228,9 @@ def fill(
 @pytest.fixture
 def scenes(fill: Callable[..., Filled], write_shard: Callable[..., Path], tmp_path: Path) -> Filled:
     """An engine of four synthetic scenes."""
-    return fill(write_shard(tmp_path / "in" / "scenes-000000.tar", 4))
-
-
-@pytest.fixture
-def store_of(scenes: Filled) -> Store:
-    return scenes.store
+    shard = write_shard(tmp_path / "in" / "scenes-000000.tar", 4)
+    # Of the few points that are asked, masks on every scene.
+    return fill(shard, "preset.pred_iou_thresh=0.2", "preset.stability_score_thresh=0.5")
 
 
 @pytest.fixture

@@ -58,7 +58,8 @@ def test_the_same_images_are_drawn_however_the_shards_are_cut(
     labelled: Any, fill: Callable[..., Any], write_shard: Callable[..., Path], tmp_path: Path
 ) -> None:
     shard = write_shard(tmp_path / "again" / "scenes-000000.tar", 4)
-    other = fill(shard, root=tmp_path / "other")
+    thresholds = "preset.pred_iou_thresh=0.2", "preset.stability_score_thresh=0.5"
+    other = fill(shard, *thresholds, root=tmp_path / "other")
     other.automatic(1, other.images[:1])
     other.automatic(2, other.images[::-1])
 

@@ -43,7 +43,7 @@ class Hand:
 
     click_noise_px: float = 2.0
     box_noise: float = 0.05
-    boundary_noise: float = 0.055
+    boundary_noise: float = 0.07
 
     def click(
         self, x: float, y: float, region: np.ndarray, scale: float, generator: np.random.Generator

@@ -72,6 +72,8 @@ class AnnotationSession:
         if self._predictor.original_size is None:
             raise SessionError("no image is set: give the session its pixels")
         self.size = self._predictor.original_size
+        # As an embedding comes out of a file: laid out otherwise, it gives other last digits.
+        self._predictor.features = self._predictor.get_image_embedding().contiguous()
         self.shown = {str(one["id"]): one for one in shown}
         self._clock, self._opened = clock, clock()
         self._model_id = model_id

@@ -42,7 +42,7 @@ def test_large_and_small_objects_are_painted_alike_well(radius: int) -> None:
 
     agreement = np.mean([iou(hand.outline(mask, generator), mask) for _ in range(40)])
 
-    assert 0.89 < agreement < 0.95
+    assert 0.86 < agreement < 0.94
 
 
 def test_a_click_lands_near_its_aim_and_never_beside_what_it_is_meant_for() -> None:

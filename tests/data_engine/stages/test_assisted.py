@@ -66,7 +66,7 @@ def test_images_that_the_model_is_less_sure_of_go_first(
 def test_an_image_taken_down_meanwhile_gets_no_task_and_a_held_out_one_is_refused(
     store: Store, images: dict[str, Image]
 ) -> None:
-    take_down(store, images["dim"].id, reason="asked", who="anna")
+    take_down(store, images["dim"].id, reason="asked", who="anna", now=0.0)
 
     tasks = assisted_tasks(store, 1, list(images.values()))
 

@@ -6,6 +6,7 @@ import heapq
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,7 +56,7 @@ class AutomaticImage:
         image: as registered.
         shard: its row.
         path: of the shard.
-        offset: byte at which its sample begins there.
+        offset: byte there of a file of the sample before, or of its own first one.
         annotations: its masks.
     """
 
@@ -71,13 +72,11 @@ class AutomaticImage:
         Raises:
             OSError: the shard cannot be read, or has changed.
         """
-        for sample in read_samples(self.path, is_wanted, self.offset):
-            data = next(
-                (sample.files[name] for name in IMAGE_SUFFIXES if name in sample.files), b""
-            )
+        for sample in islice(read_samples(self.path, is_wanted, self.offset), 2):
+            files = sample.files
+            data = next((files[suffix] for suffix in IMAGE_SUFFIXES if suffix in files), b"")
             if sample.key == self.image.key and data:
                 return decode_image(data, self.image.size)
-            break
         raise OSError(f"{self.path} has no image {self.image.key} where it was: it has changed")
 
 
@@ -147,7 +146,9 @@ def _known_images(store: Store, written: WrittenShard) -> Iterator[AutomaticImag
 
 def _samples(written: WrittenShard) -> Iterator[tuple[str, int, bytes]]:
     """Key, place and JSON of each sample; the images are passed over unread."""
-    start = 0
+    before, json_at = 0, 0
     for sample in read_samples(written.path, lambda name: name.endswith(".json")):
-        yield sample.key, start, sample.files["json"]
-        start = sample.end
+        yield sample.key, before, sample.files["json"]
+        # Where only JSON is asked for, what ends a sample is the next JSON, behind the next image: that
+        # image lies after the JSON before.
+        before, json_at = json_at, sample.end

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from data_engine.agreement import SAME_OBJECT_IOU
 from data_engine.audit import IOU_BOUNDS, PAPER_SHARES
 from data_engine.records import Model
 from data_engine.report_content import Report
@@ -21,8 +22,9 @@ from sam_train.ops.files import write_atomically
 PLOT_IN, DPI = (4.8, 3.3), 130
 NUM_BINS = 30
 STAGES = {"assisted": "assisted", "semi_automatic": "semi-auto", "automatic": "auto"}
-MAX_NAMED = 8
-"""Rounds or models whose names fit below a plot; of more, numbers alone."""
+HEADROOM = 1.25
+MIN_PLACES, MAX_NAMED = 3, 8
+"""Rounds that a plot has room for at least, and whose stages fit below it at most."""
 BLUE, GREEN, ORANGE, GREY = "#1f77b4", "#2ca02c", "#e08214", "#9a9a9a"
 CLICKS, RECALL = "mean_iou@", "average_recall@"
 SHOWN_CLICKS = (1, 3, 5, 9)
@@ -51,7 +53,8 @@ def draw(report: Report, folder: Path) -> list[Drawn]:
     for plot in _plots(report):
         figure, axes = new_figure(1, 1, panel_in=PLOT_IN)
         plot.draw(axes[0, 0])
-        axes[0, 0].set_title(plot.title + (" (simulated annotator)" if plot.is_simulated else ""))
+        said = f"{plot.title}\n(simulated annotator)" if plot.is_simulated else plot.title
+        axes[0, 0].set_title(said, fontsize="medium")
         file = f"{plot.name}.png"
         write_atomically(folder / file, partial(figure.savefig, format="png", dpi=DPI))
         drawn.append(Drawn(plot.section, file, plot.title, plot.caption))
@@ -75,7 +78,7 @@ def _plots(report: Report) -> Iterator[Plot]:
 
 def _of_rounds(report: Report) -> Iterator[Plot]:
     rounds, simulated = report.rounds, report.is_simulated
-    people = [own for own in rounds if own.work is not None and own.num_masks]
+    people = [own for own in rounds if own.seconds_per_mask is not None]
     yield Plot(
         "rounds",
         "masks_per_image",
@@ -114,7 +117,7 @@ def _masks_per_image(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
     kinds = {
         "drawn": (BLUE, [own.work.num_drawn if own.work else 0 for own in rounds]),
         "corrected": (ORANGE, [own.work.num_corrected if own.work else 0 for own in rounds]),
-        "automatic, unchanged": (GREEN, [own.num_ready_made for own in rounds]),
+        "automatic": (GREEN, [own.num_ready_made for own in rounds]),
     }
     images = np.array([max(own.num_images, 1) for own in rounds])
     bottom = np.zeros(len(rounds))
@@ -123,9 +126,9 @@ def _masks_per_image(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
             axes.bar(range(len(rounds)), counts / images, bottom=bottom, color=color, label=label)
             bottom += counts / images
     _name_rounds(axes, rounds)
-    axes.set_ylabel("masks per image")
+    axes.set(ylabel="masks per image", ylim=_from_zero(bottom.max()))
     if axes.patches:
-        axes.legend(frameon=False, fontsize="small")
+        axes.legend(frameon=False, fontsize="small", ncols=3, loc="upper left")
 
 
 def _seconds(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
@@ -134,20 +137,29 @@ def _seconds(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
         ("all in", "s--", [own.seconds_per_mask_all_in for own in rounds]),
     ):
         axes.plot(range(len(rounds)), _numbers(values), style, label=label)
-    axes.set(ylabel="seconds per mask", ylim=(0, None))
     _name_rounds(axes, rounds)
-    axes.legend(frameon=False, fontsize="small")
+    axes.set(ylabel="seconds per mask", ylim=_from_zero(axes.dataLim.ymax))
+    axes.legend(frameon=False, fontsize="small", ncols=2, loc="upper left")
 
 
 def _clicks(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
     axes.plot(range(len(rounds)), _numbers([own.clicks_per_mask for own in rounds]), "o-")
-    axes.set(ylabel="clicks per mask", ylim=(0, None))
     _name_rounds(axes, rounds)
+    axes.set(ylabel="clicks per mask", ylim=_from_zero(axes.dataLim.ymax))
+
+
+def _from_zero(highest: float) -> tuple[float, float]:
+    """The limits of an axis with room for a legend."""
+    return 0.0, HEADROOM * highest if highest > 0 else 1.0
 
 
 def _share_automatic(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
-    axes.bar(range(len(rounds)), _numbers([own.share_automatic for own in rounds]), color=GREEN)
-    axes.set(ylabel="share of the round's masks", ylim=(0, 1.05))
+    bars = axes.bar(
+        range(len(rounds)), _numbers([own.share_automatic for own in rounds]), color=GREEN
+    )
+    named = ["" if own.share_automatic is None else f"{own.share_automatic:.0%}" for own in rounds]
+    axes.bar_label(bars, named, fontsize="small")
+    axes.set(ylabel="share of the round's masks", ylim=(0, 1.1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     _name_rounds(axes, rounds)
 
@@ -160,7 +172,8 @@ def _name_rounds(axes: Any, rounds: Sequence[RoundNumbers]) -> None:
             for name, own in zip(names, rounds, strict=True)
         ]
     axes.set_xticks(range(len(rounds)), names)
-    axes.set(xlabel="round", xlim=(-0.6, len(rounds) - 0.4))
+    # A single bar would be as wide as the plot.
+    axes.set(xlabel="round", xlim=(-0.6, max(len(rounds), MIN_PLACES) - 0.4))
 
 
 def _of_work(report: Report) -> Iterator[Plot]:
@@ -215,11 +228,19 @@ def _of_masks(report: Report) -> Iterator[Plot]:
             )
 
 
-def _histogram(axes: Any, values: np.ndarray, label: str, what: str) -> None:
+def _histogram(
+    axes: Any,
+    values: np.ndarray,
+    label: str,
+    what: str,
+    limits: tuple[float, float] | None = None,
+) -> None:
     """With a line at the median; whole numbers get a bar each, where they are few."""
-    is_whole = bool((values == values.round()).all())
-    if is_whole and np.ptp(values) < NUM_BINS:
-        bins: Any = np.arange(values.min(), values.max() + 2) - 0.5
+    is_whole = limits is None and bool((values == values.round()).all())
+    if limits is not None:
+        bins: Any = np.linspace(*limits, NUM_BINS + 1)
+    elif is_whole and np.ptp(values) < NUM_BINS:
+        bins = np.arange(values.min(), values.max() + 2) - 0.5
     else:
         bins = NUM_BINS
     axes.hist(values, bins=bins, color=BLUE, edgecolor="white", linewidth=0.5)
@@ -227,6 +248,8 @@ def _histogram(axes: Any, values: np.ndarray, label: str, what: str) -> None:
     axes.axvline(median, color=ORANGE, linewidth=1.5, label=f"median {median:.3g}")
     axes.set(xlabel=label, ylabel=what)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    if is_whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize="small")
 
 
@@ -271,6 +294,7 @@ def _of_audit(report: Report) -> Iterator[Plot]:
             partial(
                 _histogram,
                 values=np.concatenate(ious),
+                limits=(SAME_OBJECT_IOU, 1),
                 label="IoU of objects that both drew",
                 what="objects",
             ),
@@ -323,7 +347,7 @@ def _quality(axes: Any, models: Sequence[Model], labels: dict[str, str]) -> None
             axes.plot(places[~kept], values[~kept], "o", color=color, markerfacecolor="white")
     axes.set_xticks(places, ["start" if own.round is None else f"{own.round}" for own in models])
     axes.set(xlabel="trained after round", xlim=(-0.4, len(models) - 0.6))
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _numbers(values: Sequence[Any]) -> list[float]:

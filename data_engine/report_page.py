@@ -85,8 +85,7 @@ class Page(NamedTuple):
 
 def build_page(report: Report, figures: Sequence[Drawn]) -> Page:
     """Puts a report into words, with its figures where they belong."""
-    now = report.now.round
-    title = f"Round {now.number}: {now.stage.replace('_', '-')}"
+    title = f"Round {report.now.round.number}: {_stage(report.now)}"
     return Page(title, list(_blocks(report, figures)))
 
 
@@ -168,12 +167,15 @@ def _summary(report: Report) -> Table:
     return Table(("", "this round", "SAM, its data engine"), rows)
 
 
+def _stage(own: RoundNumbers) -> str:
+    return own.round.stage.replace("_", "-")
+
+
 def _history(rounds: Sequence[RoundNumbers]) -> Table:
-    head = ("round", "stage", "images", "masks", "per image", "s per mask", "clicks", "automatic")
+    head = ("round", "images", "masks", "per image", "s per mask", "clicks", "automatic")
     rows = [
         (
-            str(own.round.number),
-            own.round.stage.replace("_", "-") + (" (simulated)" if own.is_simulated else ""),
+            f"{own.round.number}, {_stage(own)}" + (", simulated" if own.is_simulated else ""),
             whole(own.num_images),
             whole(own.num_masks),
             decimal(own.masks_per_image),

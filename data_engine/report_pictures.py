@@ -46,15 +46,15 @@ def draw(
         examples: masks, shown close up.
         pixels: of the images of the examples, by id.
     """
-    is_audited = report.audit is not None
-    whole = [_whole(own, own.pixels) for own in images]
+    is_audited, reader = report.audit is not None, _Reader()
+    whole = [_whole(own, reader) for own in images]
     sheets = [("images", "random images with all masks", "", whole)]
     for name, chosen, which in (
         ("random", examples.random, "random masks"),
         ("best", examples.best, f"best masks by {examples.measure}"),
         ("worst", examples.worst, f"worst masks by {examples.measure}"),
     ):
-        close_ups = [_close_up(own, pixels.get(own.image_id), is_audited) for own in chosen]
+        close_ups = [_close_up(own, pixels.get(own.image_id), reader, is_audited) for own in chosen]
         sheets.append((name, which, LEGEND if is_audited else "", close_ups))
     simulated = report.is_simulated if is_audited else report.now.is_simulated
     return [own for sheet in sheets if (own := _sheet(folder, *sheet, simulated)) is not None]
@@ -85,16 +85,25 @@ def _sheet(
     )
 
 
-def _read(pixels: Pixels | None, name: str) -> np.ndarray | None:
-    try:
-        return None if pixels is None else pixels()
-    except (OSError, ValueError) as error:
-        log.warning("%s is not shown: %s", name, error)
-        return None
+class _Reader:
+    """Reads images; one that is gone is said once, and not looked for again."""
+
+    def __init__(self) -> None:
+        self.gone: set[str] = set()
+
+    def read(self, name: str, pixels: Pixels | None) -> np.ndarray | None:
+        if pixels is None or name in self.gone:
+            return None
+        try:
+            return pixels()
+        except (OSError, ValueError) as error:
+            log.warning("%s is not shown: %s", name, error)
+            self.gone.add(name)
+            return None
 
 
-def _whole(own: SampledImage, pixels: Pixels) -> np.ndarray | None:
-    if (image := _read(pixels, own.key)) is None:
+def _whole(own: SampledImage, reader: _Reader) -> np.ndarray | None:
+    if (image := reader.read(own.image_id, own.pixels)) is None:
         return None
     annotations = [
         Annotation(id=number, rle=mask.rle, bbox=rle.bbox(mask.rle), area=mask.area)
@@ -112,8 +121,10 @@ def _short(key: str) -> str:
     return shown.encode("ascii", "replace").decode("ascii")
 
 
-def _close_up(own: Example, pixels: Pixels | None, is_audited: bool) -> np.ndarray | None:
-    if (image := _read(pixels, own.image_id)) is None:
+def _close_up(
+    own: Example, pixels: Pixels | None, reader: _Reader, is_audited: bool
+) -> np.ndarray | None:
+    if (image := reader.read(own.image_id, pixels)) is None:
         return None
     masks = [rle.decode(one) for one in (own.rle, own.after) if one is not None]
     x0, y0, x1, y1 = drawing.window_round(np.logical_or.reduce(masks), np.zeros((0, 2)))

@@ -20,10 +20,14 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import lightning  # noqa: F401  else each training would import it
 import torch
+
+import sam_train.training.callbacks  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_engine
+
 from data_engine import cli
 from data_engine.engine import Engine
 from data_engine.mask_store.store import open_store

@@ -7,6 +7,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from data_engine import cli
 from data_engine.engine import Engine
 from data_engine.mask_store.lineage import tombstones
+from data_engine.rounds import PARTS
 from data_engine.shard_writer import finished, manifest_path
 from sam_train.data.sa1b import ShardSource
 
@@ -27,10 +29,10 @@ Begin = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, toy.ckpt, and six scenes, scenes.tar."""
+    """A folder with a model, toy.ckpt, and ten scenes, scenes.tar."""
     folder = tmp_path_factory.mktemp("toys")
     toy_engine.write_toy_model(folder / "toy.ckpt")
-    toy_engine.write_scenes(folder / "scenes.tar", 6)
+    toy_engine.write_scenes(folder / "scenes.tar", 10)
     return folder
 
 
@@ -44,7 +46,7 @@ def begin(tmp_path: Path, toys: Path) -> Begin:
         places = [f"images={tmp_path / 'scenes.tar'}", f"checkpoint={toys / 'toy.ckpt'}"]
         root = tmp_path / "engine"
         # Nothing is measured: that takes the longest here.
-        unmeasured = ["held_out=0", "measure.clicks=null", "measure.proposals=null"]
+        unmeasured = ["held_out=0.3", "measure.clicks=null", "measure.proposals=null"]
         assert call("init", f"root={root}", *places, *settings, *unmeasured) == 0
         return root
 
@@ -195,7 +197,7 @@ def test_an_image_that_is_taken_down_is_in_no_shard_any_more(
 ) -> None:
     root = labelled.root
     keys = keys_of(root)
-    path = next(root.glob(f"rounds/00{number}/shards/*.tar"))
+    path, last = sorted(root.glob(f"rounds/00{number}/shards/*.tar"))  # of two images and of one
     key = sorted(keys_of(path))[0]
 
     assert call("remove", f"root={root}", f"image={key}", "reason=asked to", "who=carla") == 0
@@ -207,6 +209,9 @@ def test_an_image_that_is_taken_down_is_in_no_shard_any_more(
     assert (stone.key, stone.who, stone.shards) == (key, "carla", ())
     rows = {shard.path: shard for shard in labelled.store.shards()}
     assert rows[labelled.relative(path)].sha256 == manifest.sha256
+    (alone,) = keys_of(last)
+    assert call("remove", f"root={root}", f"image={alone}", "reason=asked to", "who=carla") == 0
+    assert not last.exists()
     # Whole as far as the engine knows: a training goes on with what is left.
     assert call("retrain", f"root={root}") == 0
     assert "no image of this key" in refused(
@@ -224,10 +229,6 @@ def keys_of(place: Path) -> set[str]:
 
 def test_a_round_s_parts_may_all_be_done_again(labelled: Engine) -> None:
     """As after a kill between a part and the note that it is done."""
-    from dataclasses import replace
-
-    from data_engine.rounds import PARTS
-
     before = labelled.store.contents()
     shards = {path: path.read_bytes() for path in labelled.root.glob("rounds/*/shards/*.tar")}
     last = labelled.store.rounds()[-1]

@@ -13,7 +13,7 @@ from sam_train import config
 
 @pytest.mark.parametrize("name", config.options("plan"))
 def test_a_packaged_plan_is_read_and_its_recipes_are_there(name: str) -> None:
-    cfg = settings.composed([f"plan={name}"])
+    cfg = settings.composed(["root=x", f"plan={name}"])
 
     steps = read_steps(settings.resolved(cfg)["plan"])
 
@@ -24,7 +24,7 @@ def test_a_packaged_plan_is_read_and_its_recipes_are_there(name: str) -> None:
 
 def test_the_plan_of_sa_1b_trains_six_times_then_five_times() -> None:
     """SAM, section 4, and the images of its stages."""
-    steps = read_steps(settings.resolved(settings.composed(["plan=sa1b"]))["plan"])
+    steps = read_steps(settings.resolved(settings.composed(["root=x", "plan=sa1b"]))["plan"])
 
     assisted = [step for step in steps if step.stage == "assisted"]
     semi_automatic = [step for step in steps if step.stage == "semi_automatic"]

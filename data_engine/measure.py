@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_engine.engine import Engine
+from data_engine.images import ADVICE, ImageGoneError
 from data_engine.records import Image, Model, Rle
 from data_engine.shards_of_round import Labelled, write_shards
 from data_engine.truth import UnknownTruthError
@@ -102,6 +103,9 @@ def _truth(engine: Engine, image: Image) -> Sequence[Rle]:
     except UnknownTruthError as error:
         log.warning("held out, and not measured on: %s", error)
         return ()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ImageGoneError(f"{image.path} cannot be read ({reason}); {ADVICE}") from None
 
 
 def _known(folder: Path) -> dict[str, Any] | None:

@@ -62,7 +62,7 @@ class LocalTrainer:
 
     def run(self, command: Sequence[str], run_dir: Path) -> Path:
         """See `Trainer`."""
-        _wait_until_free(run_dir)
+        wait_until_free(run_dir)
         program, *arguments = command
         verb = program.removeprefix("sam-")
         process = subprocess.Popen([sys.executable, "-m", "sam_train.cli", verb, *arguments])
@@ -237,7 +237,7 @@ def _register(
     return model
 
 
-def _wait_until_free(run_dir: Path) -> None:
+def wait_until_free(run_dir: Path) -> None:
     """Waits for a training that an engine which was killed has left running."""
     is_told = False
     while True:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_engine.engine import Engine
+from data_engine.filters import UselessModelError
 from data_engine.mask_store.claims import StoreClaims
 from data_engine.measure import measure
 from data_engine.plan import Step
@@ -107,15 +108,19 @@ def generate_share(
     folder = engine.round_folder(round_.number)
     # The same name after a crash: what it held then is still its own.
     claims = StoreClaims(engine.store, f"{socket.gethostname()}/{worker}", clock=engine.clock)
-    return generate(
-        stage_node(engine, step),
-        checkpoint=str(engine.path(engine.model_of(round_).path)),
-        shards=str(folder / IMAGES),
-        out=folder / SHARDS,
-        round_number=round_.number,
-        share=Share(worker=worker, num_workers=num_workers, claims=claims),
-        device=str(engine.settings["device"]),
-    )
+    try:
+        return generate(
+            stage_node(engine, step),
+            checkpoint=str(engine.path(engine.model_of(round_).path)),
+            shards=str(folder / IMAGES),
+            out=folder / SHARDS,
+            round_number=round_.number,
+            share=Share(worker=worker, num_workers=num_workers, claims=claims),
+            device=str(engine.settings["device"]),
+        )
+    except UselessModelError:
+        shutil.rmtree(folder / SHARDS)  # no mask is lost, and other thresholds may be tried
+        raise
 
 
 def note_generated(engine: Engine, round_: Round, step: Step) -> Outcome:

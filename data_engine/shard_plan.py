@@ -87,7 +87,9 @@ def open_plan(out: Path, paths: str | Sequence[str], made_with: Mapping[str, Any
         there, changes = _read(path), []
     if changes:
         lines = "\n".join(f"  {line}" for line in changes[:20])
-        raise ValueError(f"{out} holds shards made otherwise:\n{lines}\nChoose another out=DIR")
+        raise ValueError(
+            f"{out} holds shards made otherwise:\n{lines}\nChoose another out=DIR, or delete this one"
+        )
     if more := sorted(named.keys() - set(there["shards"])):
         raise ValueError(
             f"{len(more)} shards were added since {out} was begun ({', '.join(more[:5])}): choose "

@@ -11,6 +11,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,20 +26,23 @@ SETTINGS = [
 ]
 
 
-def work(shards: str, out: Path) -> None:
-    """A worker that makes what is missing."""
+Work = Callable[[], object]
+
+
+def worker(shards: str, out: Path) -> Work:
+    """What makes all that is missing; the model is read here, once."""
     torch.set_num_threads(1)
     node = config.plain(config.compose("segment", SETTINGS).stage, resolve=True)
-    stage = config.instantiate(node)
+    stage, model = config.instantiate(node), load_model("sam_tiny")
     assert isinstance(stage, AutomaticStage)
-    stage.run(load_model("sam_tiny"), shards, out, settings=node)
+    return lambda: stage.run(model, shards, out, settings=node)
 
 
-def start(shards: str, out: Path) -> int:
-    """The same in a child process; returns its number."""
+def start(work: Work) -> int:
+    """Does the same in a child process; returns its number."""
     child = os.fork()
     if child == 0:
-        work(shards, out)
+        work()
         os._exit(0)
     return child
 
@@ -54,10 +58,10 @@ def cpu_seconds(process: int) -> float:
 
 def main() -> None:
     shards, out, kills, seed = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-    moments = random.Random(seed)
+    work, moments = worker(shards, out), random.Random(seed)
     num_hit = 0
     for _ in range(kills):
-        child, after_s = start(shards, out), moments.uniform(0, 2.5)
+        child, after_s = start(work), moments.uniform(0, 1.5)
         is_at_work = True
         while is_at_work and cpu_seconds(child) < after_s:
             time.sleep(0.002)
@@ -69,7 +73,7 @@ def main() -> None:
         if (out / "manifest.json").is_file():  # all is there: begin anew
             for path in out.iterdir():
                 path.unlink()
-    work(shards, out)
+    work()
     print(num_hit)
 
 

@@ -426,7 +426,7 @@ def test_the_command_s_function_loads_the_model_and_says_what_was_done(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(6000)
 def test_killed_at_thirty_moments_it_ends_with_the_files_of_an_undisturbed_run(
     tmp_path: Path, write_shard: Callable[..., Path]
 ) -> None:

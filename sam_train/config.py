@@ -127,6 +127,11 @@ def plain(node: Any, *, resolve: bool) -> dict[str, Any]:
     return {str(key): value for key, value in container.items()}
 
 
+def merged(node: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values with others in the place of some, at any depth."""
+    return plain(OmegaConf.merge(dict(node), dict(changes)), resolve=True)
+
+
 def plain_value(value: Any) -> Any:
     """A value or a list as plain Python."""
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -113,8 +113,17 @@ class BoxSegmenter:
 def answer(
     predictor: SamPredictor, image: np.ndarray, objects: Sequence[ObjectPrompt]
 ) -> list[Annotation]:
-    """The mask of highest predicted IoU for each object; one at a time at the image's resolution."""
+    """Encodes an image and answers `answer_set` about it."""
     predictor.set_image(image)
+    return answer_set(predictor, objects)
+
+
+@torch.no_grad()
+def answer_set(predictor: SamPredictor, objects: Sequence[ObjectPrompt]) -> list[Annotation]:
+    """The mask of highest predicted IoU for each object of the image that is set.
+
+    One at a time is made at the image's resolution.
+    """
     assert predictor.features is not None
     answers: dict[int, MaskPrediction] = {}
     for is_single in (True, False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -29,15 +30,20 @@ def model_id(model: Sam) -> str:
     return _digest(model, dict(model.state_dict()))
 
 
-def _digest(model: HasEncoder, tensors: dict[str, Tensor]) -> str:
+def tensors_id(tensors: Mapping[str, Tensor], kind: str = "") -> str:
+    """The same of tensors by name, and of what they are the weights of."""
     digest = hashlib.blake2b(digest_size=16)
-    encoder = model.image_encoder
-    tensors |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
-    digest.update(f"{type(encoder).__name__} {encoder.img_size}".encode())
+    digest.update(kind.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _digest(model: HasEncoder, tensors: dict[str, Tensor]) -> str:
+    encoder = model.image_encoder
+    tensors |= {"pixel_mean": model.pixel_mean, "pixel_std": model.pixel_std}
+    return tensors_id(tensors, f"{type(encoder).__name__} {encoder.img_size}")
 
 
 def embedding_shape(model: Sam) -> tuple[int, int, int]:

@@ -211,7 +211,7 @@ def click_strip(
         panel_px: side of the panels.
     """
     shown = np.concatenate([step.coords[step.labels >= 0] for step in steps] or [np.zeros((0, 2))])
-    x0, y0, x1, y1 = _window_round(gt_mask, shown)
+    x0, y0, x1, y1 = window_round(gt_mask, shown)
     scale = panel_px / max(x1 - x0, y1 - y0)
     close_up = resized(image[y0:y1, x0:x1], scale)
     truth = resized(gt_mask[y0:y1, x0:x1], scale)[None]
@@ -226,7 +226,7 @@ def click_strip(
     return tiled(panels, len(panels), gap_px=3)
 
 
-def _window_round(mask: np.ndarray, coords: np.ndarray) -> tuple[int, int, int, int]:
+def window_round(mask: np.ndarray, coords: np.ndarray) -> tuple[int, int, int, int]:
     """A square window, as far as the image allows, round a mask and points, with some margin: xyxy."""
     height, width = mask.shape
     rows, columns = np.nonzero(mask)

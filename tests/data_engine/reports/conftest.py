@@ -147,7 +147,7 @@ class Filled:
         masks = []
         for own, row in zip(shown, found, strict=True):
             best = int(row.argmax())
-            if row[best] > 0.9:
+            if row[best] > 0.8:
                 masks.append(DrawnMask(rle=own["rle"], corrects=own["id"], seconds=1.0))
             elif row[best] > 0.4:
                 masks.append(_drawn(objects[best], 2, corrects=own["id"]))

@@ -13,8 +13,9 @@ from data_engine.embeddings import Embeddings
 from data_engine.engine import Engine
 from data_engine.mask_store.rows import chunks
 from data_engine.plan import Step
+from data_engine.plan_check import stage_node
 from data_engine.records import Image, Round, Task
-from data_engine.round_parts import Outcome, Waiting, stage_node
+from data_engine.round_parts import Outcome, Waiting
 from data_engine.simulated_annotator import SimulatedAnnotator, WorkDone
 from data_engine.stages.assisted import AssistedStage
 from data_engine.stages.semi_automatic import (
@@ -125,7 +126,7 @@ def _images(engine: Engine, round_: Round, step: Step) -> list[Image]:
 def _tasks(
     engine: Engine, round_: Round, step: Step, images: Sequence[Image], predictor: SamPredictor
 ) -> Iterator[Task]:
-    stage: Any = config.instantiate(stage_node(engine, step))
+    stage: Any = config.instantiate(stage_node(engine.settings, step))
     if isinstance(stage, AssistedStage):
         return stage.tasks(round_.number, images, predictor)
     assert isinstance(stage, SemiAutomaticStage)

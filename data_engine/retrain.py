@@ -30,7 +30,6 @@ from sam_train.training import run_lock
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-PROMOTION = ("better", "always", "never")
 LOCK_POLL_S = 1.0
 
 
@@ -150,8 +149,6 @@ def judged(engine: Engine, model: Model, before: Model) -> Model:
         before: the one that it would take the place of.
     """
     rule, metric = engine.settings["promote"], engine.settings["promote_by"]
-    if rule not in PROMOTION:
-        raise ValueError(f"promote is one of {', '.join(PROMOTION)}, got {rule}")
     new, old = model.metrics.get(metric), before.metrics.get(metric)
     is_worse = new is not None and old is not None and new < old
     promoted = rule == "always" or (rule == "better" and not is_worse)
@@ -171,7 +168,10 @@ def judged(engine: Engine, model: Model, before: Model) -> Model:
 
 def _command(engine: Engine, recipe: str, checkpoint: str | None) -> list[str]:
     start = [] if checkpoint is None else [f"checkpoint={checkpoint}"]
-    return ["sam-train", f"experiment={recipe}", *start, f"seed={engine.settings['seed']}"]
+    own = engine.settings.get("config_dir")
+    recipes = [] if own is None else ["--config-dir", str(own)]
+    seed = f"seed={engine.settings['seed']}"
+    return ["sam-train", f"experiment={recipe}", *recipes, *start, seed]
 
 
 def _data(engine: Engine, shards: Sequence[Shard], step: Step) -> list[str]:

@@ -19,6 +19,7 @@ from data_engine.filters import UselessModelError
 from data_engine.mask_store.claims import StoreClaims
 from data_engine.measure import measure
 from data_engine.plan import Step
+from data_engine.plan_check import stage_node
 from data_engine.records import Model, Round
 from data_engine.report import write_report
 from data_engine.retrain import judged, retrain, train_detector
@@ -94,7 +95,7 @@ def generate_masks(engine: Engine, round_: Round, step: Step) -> Outcome:
     )
     if done.num_open:
         return Waiting(f"{done.num_open} shards of other workers: data-engine generate makes them")
-    return {"stage": stage_node(engine, step)}
+    return {"stage": stage_node(engine.settings, step)}
 
 
 def generate_share(
@@ -110,7 +111,7 @@ def generate_share(
     claims = StoreClaims(engine.store, f"{socket.gethostname()}/{worker}", clock=engine.clock)
     try:
         return generate(
-            stage_node(engine, step),
+            stage_node(engine.settings, step),
             checkpoint=str(engine.path(engine.model_of(round_).path)),
             shards=str(folder / IMAGES),
             out=folder / SHARDS,
@@ -144,11 +145,6 @@ def measure_new(engine: Engine, round_: Round, step: Step) -> Outcome:
     if model is None:
         return {}
     return {"promoted": judged(engine, measured(engine, model), engine.model_of(round_)).promoted}
-
-
-def stage_node(engine: Engine, step: Step) -> dict[str, Any]:
-    """What builds the stage of a step: its node of `stages`, with the step's own settings."""
-    return config.merged(engine.settings["stages"][step.stage], step.settings)
 
 
 def report(engine: Engine, round_: Round, step: Step) -> Outcome:

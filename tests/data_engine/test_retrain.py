@@ -99,14 +99,6 @@ def test_a_worse_model_is_not_promoted_unless_told_so(
     assert stored is not None and stored.promoted == promoted
 
 
-def test_an_unknown_rule_of_promotion_is_refused(engine: Engine) -> None:
-    engine.settings = {**engine.settings, "promote": "perhaps"}
-    model = Model(id="a", path="a")
-
-    with pytest.raises(ValueError, match="promote is one of better, always, never, got perhaps"):
-        judged(engine, model, model)
-
-
 @pytest.mark.slow
 def test_a_training_runs_in_a_process_of_its_own_and_its_failure_is_told(
     tmp_path: Path,

@@ -31,10 +31,13 @@ from data_engine.code_version import code_version
 from data_engine.engine import Engine
 from data_engine.records import Model
 from data_engine.retrain import trained
-from data_engine.shards_of_round import whole_shards
+from data_engine.shards_of_round import Labelled, whole_shards, write_shards
 from sam_train import cli_common, config
 from sam_train.checkpoints.load import load_model
-from sam_train.data.sa1b import ShardSource
+from sam_train.data.sa1b import ShardSource, is_wanted
+from sam_train.data.tar_samples import read_samples
+from sam_train.ops import rle
+from sam_train.structures import Annotation
 
 SETS = {"nuclei": ("nuclei",), "natural": ("coco_panoptic", "balloon", "fruits_nuts")}
 METRICS = ("mean_iou@1", "mean_iou@3", "box_mean_iou", "average_recall@10", "average_recall@100")
@@ -105,6 +108,25 @@ def checked(folder: Path, out: Path) -> str:
     if done.returncode:
         raise SystemExit(f"sam-convert check={folder} failed:\n{done.stdout}{done.stderr}")
     return done.stdout.strip()
+
+
+def truth_shards(engine: Engine, folder: Path) -> Path:
+    """The images of all the engine's shards with their ground truth, as shards."""
+    shards = [engine.path(own.path) for own in whole_shards(engine) if own.num_masks]
+    keys = [sample.key for path in shards for sample in read_samples(str(path), is_wanted)]
+    images = engine.store.images_by_key(keys)
+    labelled = (
+        Labelled(
+            images[key],
+            [
+                Annotation(id=0, rle=one, bbox=rle.bbox(one), area=rle.area(one))
+                for one in engine.truth(images[key])
+            ],
+        )
+        for key in sorted(images)
+    )
+    write_shards(folder, "truth", labelled, images_per_shard=100, made_with={})
+    return folder
 
 
 def steps_so_far(engine: Engine) -> int:
@@ -203,7 +225,7 @@ def main() -> None:
     num_images, num_masks = plainly_read(shards)
     steps = steps_so_far(engine)
     truth = [
-        *("data=shards", f"data.path={paths(arguments.set, 'train')}"),
+        *("data=shards", f"data.path={truth_shards(engine, arguments.work / 'truth_shards')}"),
         f"data.val_path={engine.root / 'held_out'}",
     ]
     compared = {

@@ -51,20 +51,23 @@ def status(call: Call) -> None:
 
 
 def round_(call: Call) -> None:
-    """the next step of the plan, or on with the one under way: annotator=simulated does the people's part"""
+    """the next step of the plan, or on with the one under way: annotator=simulated does the people's part; all=true: all steps"""
     from data_engine.rounds import run_round
     from data_engine.status import describe, summary
 
     with _engine(call) as engine:
-        progress = run_round(engine)
-        if progress.round is None:
-            print("The plan has no further step.")
-        elif progress.waits_for:
-            print(
-                f"{describe(engine)}\nRound {progress.round.number} waits for {progress.waits_for}."
-            )
-        else:
-            print(summary(engine, progress.round))
+        while True:
+            progress = run_round(engine)
+            if progress.round is None:
+                print("The plan has no further step.")
+            elif progress.waits_for:
+                number = progress.round.number
+                print(f"{describe(engine)}\nRound {number} waits for {progress.waits_for}.")
+            else:
+                print(summary(engine, progress.round))
+                if engine.settings["all"]:
+                    continue
+            return
 
 
 def retrain(call: Call) -> None:

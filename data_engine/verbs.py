@@ -125,6 +125,16 @@ def report(call: Call) -> None:
         print(f"See {write_report(engine.store, engine.root, chosen, node)}")
 
 
+def lineage(call: Call) -> None:
+    """names all that came from an image: image=KEY"""
+    from data_engine.image_traces import traces
+
+    with _engine(call) as engine:
+        if engine.settings["image"] is None:
+            raise ValueError("no value for image; say image=KEY")
+        print(traces(engine, str(engine.settings["image"])))
+
+
 def remove(call: Call) -> None:
     """takes an image down, with all that came from it: image=KEY reason=TEXT"""
     from data_engine.removal import remove as take_down
@@ -172,6 +182,7 @@ VERBS: dict[str, Callable[[Call], None]] = {
     "annotate": annotate,
     "audit": audit,
     "report": report,
+    "lineage": lineage,
     "remove": remove,
     "backup": backup,
 }

@@ -149,6 +149,10 @@ def judged(engine: Engine, model: Model, before: Model) -> Model:
         before: the one that it would take the place of.
     """
     rule, metric = engine.settings["promote"], engine.settings["promote_by"]
+    check_metric(engine, model)
+    if model.id == before.id:
+        log.warning("model %s: the training changed nothing", model.id[:12])
+        return before
     new, old = model.metrics.get(metric), before.metrics.get(metric)
     is_worse = new is not None and old is not None and new < old
     promoted = rule == "always" or (rule == "better" and not is_worse)
@@ -164,6 +168,20 @@ def judged(engine: Engine, model: Model, before: Model) -> Model:
             *(model.id[:12], said, before.id[:12], engine.root, model.id[:12]),
         )
     return model
+
+
+def check_metric(engine: Engine, model: Model) -> None:
+    """Sees that what models are compared by was measured, if anything was.
+
+    Raises:
+        ValueError: it was not.
+    """
+    metric = engine.settings["promote_by"]
+    if model.metrics and metric not in model.metrics:
+        raise ValueError(
+            f"promote_by={metric} was not measured; there is {', '.join(sorted(model.metrics))}: mend it in "
+            f"{engine.root / 'engine.yaml'}"
+        )
 
 
 def _command(engine: Engine, recipe: str, checkpoint: str | None) -> list[str]:

@@ -103,6 +103,18 @@ def open_plan(out: Path, paths: str | Sequence[str], made_with: Mapping[str, Any
     return Plan(made_with, tuple(shards))
 
 
+def planned(out: Path) -> list[str]:
+    """The names of a plan's shards; none where there is no plan.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not (out / PLAN).is_file():
+        return []
+    there = _read(out / PLAN)
+    return [name for name in there["shards"] if name not in there["left_out"]]
+
+
 def leave_out(out: Path, name: str) -> None:
     """Takes a shard out of a plan, if there is one: its input was emptied. The others keep their numbers."""
     path = out / PLAN

@@ -20,6 +20,7 @@ import pytest
 from data_engine import cli, settings
 from data_engine.engine import Engine, only_one
 from data_engine.mask_store.lineage import tombstones
+from data_engine.round_parts import _own_name
 from data_engine.rounds import PARTS
 from data_engine.shard_writer import finished, manifest_path
 from sam_train.data.sa1b import ShardSource
@@ -416,6 +417,46 @@ def test_a_round_s_parts_may_all_be_done_again(labelled: Engine) -> None:
     assert labelled.store.contents() == before
     assert {path: path.read_bytes() for path in shards} == shards
     assert all(manifest_path(path).is_file() for path in shards)
+
+
+def test_an_automatic_shard_that_goes_before_the_store_knows_of_it_is_not_forgotten(
+    labelled: Engine, refused: Callable[..., str]
+) -> None:
+    root = labelled.root
+    path = min(root.glob("rounds/002/shards/*.tar"))
+    content = path.read_bytes()
+    path.unlink()
+    last = labelled.store.rounds()[-1]
+    labelled.store.put_round(replace(last, state="shards"))
+    assert f"{path} is gone or damaged" in refused("round", f"root={root}")
+
+    labelled.store.put_round(replace(last, state="images"))  # its inputs come again
+    assert call("round", f"root={root}") == 0
+
+    assert path.read_bytes() == content
+
+
+def test_two_workers_of_one_number_do_not_take_each_other_s_shards(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held, done, names = context.Event(), context.Event(), context.SimpleQueue()
+    other = context.Process(target=hold_name, args=(tmp_path / "workers", names, held, done))
+    other.start()
+    held.wait()
+
+    with _own_name(tmp_path / "workers", 0) as name:
+        assert name != names.get()
+
+    done.set()
+    other.join()
+    with _own_name(tmp_path / "workers", 0) as again:
+        assert again != name
+
+
+def hold_name(folder: Path, names: Any, held: Any, done: Any) -> None:
+    with _own_name(folder, 0) as name:
+        names.put(name)
+        held.set()
+        done.wait(60)
 
 
 def test_a_backup_is_a_store(labelled: Engine, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def hand_out(engine: Engine, round_: Round, step: Step) -> Outcome:
         log.info("round %d: %d tasks more", round_.number, len(lot))
     if engine.settings["embeddings_ahead"]:
         Embeddings(embeddings_folder(engine, round_), predictor).ahead(images)
-    return {"tasks": len(images)}
+    return {"tasks": len(images), "stage": stage_node(engine.settings, step)}
 
 
 def annotate(engine: Engine, round_: Round, step: Step) -> Outcome:
@@ -57,7 +57,8 @@ def annotate(engine: Engine, round_: Round, step: Step) -> Outcome:
     if waiting:
         return Waiting(f"{waiting} tasks of {round_.stage} that annotators have not done")
     shutil.rmtree(embeddings_folder(engine, round_), ignore_errors=True)
-    return {}
+    simulated = engine.settings.get("annotator")
+    return {} if simulated is None else {"annotator": simulated}
 
 
 def still_open(counts: Mapping[str, int]) -> int:

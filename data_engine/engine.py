@@ -79,7 +79,8 @@ class Engine:
     @cached_property
     def desk(self) -> Desk:
         """Hands the tasks out."""
-        return Desk(self.store, clock=self.clock, lease_s=float(self.settings["lease_s"]))
+        labels, lease_s = self.settings.get("labels"), float(self.settings["lease_s"])
+        return Desk(self.store, clock=self.clock, lease_s=lease_s, labels=labels)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:

@@ -67,7 +67,9 @@ def found(overrides: Sequence[str], config_dir: str | None = None) -> Engine:
 
 
 def _made(root: Path, cfg: DictConfig, chosen: Mapping[str, Any]) -> Engine:
-    first = keep_sam(_place(chosen["checkpoint"]), root / FIRST_MODEL)
+    told = {"kind": SAM, "checkpoint": str(chosen["checkpoint"])}
+    lineage = {"config": told, "code_version": code_version()}
+    first = keep_sam(_place(chosen["checkpoint"]), root / FIRST_MODEL, lineage)
     engine = Engine(root, chosen, config.instantiate(chosen["store"], create=True))
     _begin(engine)
     add_images(engine, chosen)
@@ -78,7 +80,7 @@ def _made(root: Path, cfg: DictConfig, chosen: Mapping[str, Any]) -> Engine:
         Model(
             id=first,
             path=FIRST_MODEL.as_posix(),
-            config={"kind": SAM, "checkpoint": str(chosen["checkpoint"])},
+            config=told,
             code_version=code_version(),
             promoted=True,
             created_at=engine.clock(),

@@ -12,10 +12,10 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_engine.code_version import code_version
 from data_engine.engine import DETECTOR, SAM, Engine
@@ -113,7 +113,8 @@ def retrain(engine: Engine, round_: Round, step: Step, *, name: str = "sam") -> 
     path = engine.round_folder(round_.number) / CHECKPOINTS / f"{name}.ckpt"
     made = _run(engine, command, path.parent.parent / f"training_{name}")
     parent = round_.model_id if step.checkpoint == PARENT else None
-    return _register(engine, keep_sam(made, path), path, SAM, parent, round_, shards, command)
+    lineage = _lineage(engine, SAM, parent, round_, shards, command)
+    return _register(engine, keep_sam(made, path, lineage), path, lineage)
 
 
 def train_detector(engine: Engine, round_: Round, step: Step) -> Model:
@@ -136,8 +137,8 @@ def train_detector(engine: Engine, round_: Round, step: Step) -> Model:
     ]
     path = engine.round_folder(round_.number) / CHECKPOINTS / "detector.ckpt"
     made = _run(engine, command, path.parent.parent / "training_detector")
-    made_id = keep_detector(made, path)
-    return _register(engine, made_id, path, DETECTOR, sam.id, round_, shards, command)
+    lineage = _lineage(engine, DETECTOR, sam.id, round_, shards, command)
+    return _register(engine, keep_detector(made, path, lineage), path, lineage)
 
 
 def judged(engine: Engine, model: Model, before: Model) -> Model:
@@ -225,32 +226,33 @@ def _run(engine: Engine, command: list[str], run_dir: Path) -> Path:
     return trainer.run(command, run_dir)
 
 
-def _register(
+def _lineage(
     engine: Engine,
-    made_id: str,
-    path: Path,
     kind: str,
     parent: str | None,
     round_: Round,
     shards: Sequence[Shard],
     command: Sequence[str],
-) -> Model:
-    known = engine.store.model(made_id)
-    if known is not None and known.round != round_.number:  # the training changed nothing
-        return known
+) -> dict[str, Any]:
+    """Fields of a `Model`: what it was made from, with and by."""
     sums = json.dumps(sorted(one.sha256 for one in shards))
     said = [argument.replace(f"{engine.root}/", "") for argument in command]
-    model = Model(
-        id=made_id,
-        path=engine.relative(path),
-        parent=parent,
-        round=round_.number,
-        trained_on=tuple(one.path for one in shards),
-        data_fingerprint=hashlib.sha256(sums.encode()).hexdigest(),
-        config={"kind": kind, "command": said},
-        code_version=code_version(),
-        created_at=engine.clock(),
-    )
+    return {
+        "parent": parent,
+        "round": round_.number,
+        "trained_on": [one.path for one in shards],
+        "data_fingerprint": hashlib.sha256(sums.encode()).hexdigest(),
+        "config": {"kind": kind, "command": said},
+        "code_version": code_version(),
+    }
+
+
+def _register(engine: Engine, made_id: str, path: Path, lineage: Mapping[str, Any]) -> Model:
+    known = engine.store.model(made_id)
+    if known is not None and known.round != lineage["round"]:  # the training changed nothing
+        return known
+    fields = {**lineage, "trained_on": tuple(lineage["trained_on"])}
+    model = Model(id=made_id, path=engine.relative(path), created_at=engine.clock(), **fields)
     engine.store.put_model(model)
     return model
 

@@ -59,6 +59,7 @@ class _Kinds(msgspec.Struct, kw_only=True):
     seed: int
     embeddings_ahead: bool
     device: str
+    labels: list[str] | None = None
     lease_s: Annotated[float, msgspec.Meta(gt=0)]
     images_per_shard: Count
     promote: str

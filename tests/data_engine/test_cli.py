@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import shutil
 import sqlite3
@@ -16,14 +17,18 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 
 from data_engine import cli, settings
 from data_engine.engine import Engine, only_one
 from data_engine.mask_store.lineage import tombstones
+from data_engine.records import DrawnMask, Submission
 from data_engine.round_parts import _own_name
 from data_engine.rounds import PARTS
 from data_engine.shard_writer import finished, manifest_path
+from sam_train.checkpoints.load import load_model
 from sam_train.data.sa1b import ShardSource
+from sam_train.ops import rle
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_engine
@@ -434,6 +439,40 @@ def test_an_automatic_shard_that_goes_before_the_store_knows_of_it_is_not_forgot
     assert call("round", f"root={root}") == 0
 
     assert path.read_bytes() == content
+
+
+def test_class_labels_travel_with_the_masks_and_every_file_says_where_it_is_from(
+    begin: Begin,
+) -> None:
+    root = begin("{stage: assisted, num_images: 1}", overrides=["labels=[cell,debris]"])
+    assert call("round", f"root={root}") == 0
+    engine = Engine.open(root)
+    task = engine.desk.next_task("anna")
+    assert task is not None
+    mask = np.zeros(engine.store.image(task.image_id).size, bool)
+    mask[8:40, 8:40] = True
+    drawn = DrawnMask(rle=rle.encode(mask), label="cell")
+    sent = Submission(submission_id="s", task_id=task.id, version=task.version, masks=(drawn,))
+    engine.desk.submit(sent, "anna")
+
+    assert call("round", f"root={root}") == 0
+
+    (path,) = root.glob("rounds/001/shards/*.tar")
+    ((record),) = ShardSource(path=str(path)).records(
+        epoch=0, reader=0, num_readers=1, shuffle=False
+    )
+    assert record.annotations[0].extra["label"] == "cell"
+    first, trained = engine.models()
+    assert first.config["checkpoint"].endswith("toy.ckpt") and first.code_version
+    kept = torch.load(root / trained.path, weights_only=True)["lineage"]
+    assert kept["parent"] == first.id and kept["round"] == 1
+    assert kept["trained_on"] == ["rounds/001/shards/assisted-000000.tar"]
+    assert kept["data_fingerprint"] == trained.data_fingerprint
+    assert kept["config"] == trained.config and kept["code_version"] == trained.code_version
+    assert str(root) not in json.dumps(kept)
+    assert load_model(root / trained.path) is not None
+    (round_,) = engine.store.rounds()
+    assert round_.config["stage"]["move_on_after_s"] == 30
 
 
 def test_two_workers_of_one_number_do_not_take_each_other_s_shards(tmp_path: Path) -> None:

@@ -56,14 +56,4 @@ def keep_detector(checkpoint: str | Path, path: Path, lineage: Mapping[str, Any]
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
     clear(path)  # of a process that was killed while it wrote: as large as the model
-    write_atomically(path, partial(_save, dict(content)))
-
-
-def _save(content: dict[str, Any], path: Path) -> None:
-    try:
-        torch.save(content, path)
-    except RuntimeError as error:  # torch's own words for a disk that takes no more
-        raise OSError(
-            f"{path.parent} cannot be written, its disk is full perhaps: make room and start again "
-            f"({str(error).splitlines()[0]})"
-        ) from None
+    write_atomically(path, partial(torch.save, dict(content)))

@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tarfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -179,6 +178,22 @@ def rows_of_models(models: Sequence[Model]) -> Iterator[list[str]]:
         yield [name if own.promoted else f"{name} (not taken)", *_scores(own.metrics)]
 
 
+def rows_of_comparison(engine: Engine, steps: int, work: Path, threads: int) -> Iterator[list[str]]:
+    """Rows of two models trained anew: on what the engine made, and on the truth of the same images."""
+    truth = truth_shards(engine, work / "truth_shards")
+    data = {
+        "engine": engine_data(engine),
+        "truth": ["data=shards", f"data.path={truth}", f"data.val_path={engine.root / 'held_out'}"],
+    }
+    found = {
+        name: trained_on(engine, own, steps, work / name, threads) for name, own in data.items()
+    }
+    yield [f"anew, {steps} steps, on all that the engine made", *_scores(found["engine"])]
+    yield [f"anew, {steps} steps, on the ground truth", *_scores(found["truth"])]
+    ratios = [f"{found['engine'][name] / found['truth'][name]:.3f}" for name in METRICS]
+    yield ["ratio of these two", *ratios]
+
+
 def _scores(metrics: Mapping[str, float]) -> list[str]:
     return [f"{metrics[name]:.3f}" if name in metrics else "" for name in METRICS]
 
@@ -204,10 +219,10 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, required=True, help="folder of the engine and the runs"
     )
+    parser.add_argument("--rounds-only", action="store_true", help="no models trained anew")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder that also gets the tables as a file")
     arguments = parser.parse_args()
-    start, cpu = time.perf_counter(), _cpu_seconds()
     cli_common.prepare_host()
     side_by_side.settle(arguments.threads, "cpu")
     root = arguments.work.absolute() / "engine"
@@ -216,6 +231,8 @@ def main() -> None:
         f"{(time.perf_counter() - start) / 60:.0f} minutes, {_cpu_seconds() - cpu:.0f} CPU seconds"
     )
     engine = Engine.open(root)
+    spans = [(one.finished_at or 0) - one.created_at for one in engine.store.rounds()]
+    took = f"{sum(spans) / 60:.0f} minutes"
     shards = next(
         engine.round_folder(one.number) / "shards"
         for one in engine.store.rounds()
@@ -224,28 +241,16 @@ def main() -> None:
     said = checked(shards, arguments.work / "check")
     num_images, num_masks = plainly_read(shards)
     steps = steps_so_far(engine)
-    truth = [
-        *("data=shards", f"data.path={truth_shards(engine, arguments.work / 'truth_shards')}"),
-        f"data.val_path={engine.root / 'held_out'}",
-    ]
-    compared = {
-        name: trained_on(engine, data, steps, arguments.work.absolute() / name, arguments.threads)
-        for name, data in (("engine", engine_data(engine)), ("truth", truth))
-    }
-    ratios = [f"{compared['engine'][name] / compared['truth'][name]:.3f}" for name in METRICS]
-    models = [
-        *rows_of_models(engine.models()),
-        ["anew, on all that the engine made", *_scores(compared["engine"])],
-        ["anew, on the ground truth", *_scores(compared["truth"])],
-        ["ratio of these two", *ratios],
-    ]
+    models = list(rows_of_models(engine.models()))
+    if not arguments.rounds_only:
+        models += rows_of_comparison(engine, steps, arguments.work.absolute(), arguments.threads)
     rounds = "round stage images masks masks/image s/mask s/mask,_all_in clicks/mask automatic"
     report = "\n".join(
         [
             f"# The data engine on {arguments.set}, {datetime.date.today()}",
             "",
             f"Annotators are simulated. {side_by_side.machine('cpu')}; the rounds took {took}. {code_version()}.",
-            f"Held-out scores; all retrainings together have {steps} steps, and so has each of the two below.",
+            f"Scores on the held-out images; the retrainings have {steps} steps together.",
             "",
             side_by_side.table(["model", *METRICS], models),
             "",
@@ -260,11 +265,6 @@ def main() -> None:
         ]
     )
     side_by_side.publish(report, f"engine-{arguments.set}", arguments.out)
-
-
-def _cpu_seconds() -> float:
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

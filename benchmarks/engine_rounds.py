@@ -227,9 +227,6 @@ def main() -> None:
     side_by_side.settle(arguments.threads, "cpu")
     root = arguments.work.absolute() / "engine"
     run_rounds(arguments, root)
-    took = (
-        f"{(time.perf_counter() - start) / 60:.0f} minutes, {_cpu_seconds() - cpu:.0f} CPU seconds"
-    )
     engine = Engine.open(root)
     spans = [(one.finished_at or 0) - one.created_at for one in engine.store.rounds()]
     took = f"{sum(spans) / 60:.0f} minutes"

@@ -74,12 +74,17 @@ class ImageWork:
         self._clicked: list[tuple[float, float]] = []
         clock.spend(self._time.open_image_s)
 
-    def look_over(self) -> None:
-        """Passes, mends or strikes out each ready-made mask."""
+    def look_over(self, *, to_the_end: bool = False) -> None:
+        """Passes, mends or strikes out each ready-made mask.
+
+        Args:
+            to_the_end: also those for which there is no time left: an audit takes for struck out what does
+                not come back.
+        """
         shown = dict(self._session.shown)
         nearest = self._nearest([one["rle"] for one in shown.values()])
         for shown_id, place in zip(shown, nearest, strict=True):
-            if self._is_over():
+            if self._is_over() and not to_the_end:
                 return  # what was not looked at is not handed in
             self._clock.spend(self._time.look_s)
             is_double = place is None or self._is_done[place]

@@ -243,6 +243,17 @@ def test_who_audits_adds_nothing_but_labels_what_is_handed_out_bare(office: Offi
     assert len(drawn.masks) > 1
 
 
+def test_who_audits_looks_at_every_mask_however_long_it_takes(office: Office) -> None:
+    shown = [{"id": f"s#{n}", "rle": rle.encode(mask)} for n, mask in enumerate(office.truth())]
+    hasty = office.annotator(replace(SHARP, patience=Patience(max_image_s=3.5)))
+
+    audited, _ = hasty.answer(office.task("audit", masks=shown))
+    labelled, _ = hasty.answer(office.task("semi_automatic", masks=shown))
+
+    # What does not come back counts as struck out.
+    assert len(audited.masks) == len(shown) > 1 == len(labelled.masks)
+
+
 def test_embeddings_made_ahead_give_the_same_answers_and_spare_the_encoder(
     office: Office, tmp_path: Path
 ) -> None:

@@ -156,21 +156,22 @@ class ImageWork:
     def _refine(self, gt_mask: np.ndarray, before: float = 0.0) -> None:
         """Clicks until the mask is good enough, then accepts it; paints where clicks are of no use."""
         patience, best, num_useless = self._settings.patience, before, 0
-        seen = self._look(gt_mask)
+        last, seen = before, self._look(gt_mask)
         while True:
-            if seen < best - WORSE and self._session.undo():
+            if seen < best - WORSE:
                 self._clock.spend(self._time.key_s)
-                seen = best
+                self._session.undo()
+                seen = last  # which is not the best one where two clicks in a row made it worse
             if seen >= self._settings.standards.good_enough or self._is_late():
                 break
             num_useless = 0 if seen > best + NOTICEABLE else num_useless + 1
             best = max(best, seen)
             if len(self._clicked) >= patience.max_clicks or num_useless >= patience.useless_clicks:
-                self._paint(gt_mask)
-                seen = self._look(gt_mask)
+                if self._paint(gt_mask):
+                    seen = self._look(gt_mask)
                 break
             self._click(gt_mask)
-            seen = self._look(gt_mask)
+            last, seen = seen, self._look(gt_mask)
         self._stop(seen)
 
     def _stop(self, seen: float) -> None:
@@ -214,8 +215,13 @@ class ImageWork:
         self._clicked.append((x, y))
         self._session.click(x, y, label)
 
-    def _paint(self, gt_mask: np.ndarray) -> None:
-        """Paints what is missing and erases what is too much, the largest parts first, while there is time."""
+    def _paint(self, gt_mask: np.ndarray) -> bool:
+        """Paints what is missing and erases what is too much, the largest parts first, while there is time.
+
+        Returns:
+            Whether there was anything to paint, and time for it.
+        """
+        is_painted = False
         target = self._settings.hand.outline(gt_mask, self._generator)
         box = cv2.boundingRect(gt_mask.view(np.uint8))
         for is_brush in (True, False, True):
@@ -229,11 +235,13 @@ class ImageWork:
                     screen_scale=self._scale,
                 )
                 if self._is_late(seconds):
-                    return
+                    return is_painted
                 self._clock.spend(seconds)
                 points = [(float(x), float(y)) for x, y in outline[:, 0]]
                 stroke = self._session.paint if is_brush else self._session.erase
                 stroke(points, 0, fill=True)
+                is_painted = True
+        return is_painted
 
     def _is_late(self, more_s: float = 0.0) -> bool:
         """Whether the time for one mask is over, or would be after some more seconds."""

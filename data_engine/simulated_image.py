@@ -19,13 +19,6 @@ from sam_train.ops import rle
 from sam_train.prompts.points import center_click
 from sam_train.structures import FOREGROUND
 
-NOTICEABLE = 0.01
-"""A change of IoU that a click must make to count as of use."""
-WORSE = 0.1
-"""A fall of IoU after which a click is undone."""
-BRUSH = 0.1
-"""Errors narrower than this, as a fraction of the object's radius, are left by whoever paints."""
-
 
 @dataclass
 class Seen:
@@ -155,16 +148,17 @@ class ImageWork:
 
     def _refine(self, gt_mask: np.ndarray, before: float = 0.0) -> None:
         """Clicks until the mask is good enough, then accepts it; paints where clicks are of no use."""
-        patience, best, num_useless = self._settings.patience, before, 0
+        patience, standards = self._settings.patience, self._settings.standards
+        best, num_useless = before, 0
         last, seen = before, self._look(gt_mask)
         while True:
-            if seen < best - WORSE:
+            if seen < best - standards.worse:
                 self._clock.spend(self._time.key_s)
                 self._session.undo()
                 seen = last  # which is not the best one where two clicks in a row made it worse
-            if seen >= self._settings.standards.good_enough or self._is_late():
+            if seen >= standards.good_enough or self._is_late():
                 break
-            num_useless = 0 if seen > best + NOTICEABLE else num_useless + 1
+            num_useless = 0 if seen > best + standards.noticeable else num_useless + 1
             best = max(best, seen)
             if len(self._clicked) >= patience.max_clicks or num_useless >= patience.useless_clicks:
                 if self._paint(gt_mask):
@@ -228,7 +222,7 @@ class ImageWork:
             mask = self._session.mask
             mask = np.zeros_like(target) if mask is None else mask
             wrong = target & ~mask if is_brush else mask & ~target
-            for outline in _outlines(wrong, target):
+            for outline in _outlines(wrong, target, self._settings.hand.narrow):
                 seconds = self._time.painting_s(
                     cv2.arcLength(outline, True),
                     object_px=max(box[2:]),
@@ -251,10 +245,10 @@ class ImageWork:
         return self._clock() >= self._settings.patience.max_image_s
 
 
-def _outlines(wrong: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
+def _outlines(wrong: np.ndarray, target: np.ndarray, narrow: float) -> list[np.ndarray]:
     """The outlines (N, 1, 2) of the parts of an error that are wide enough to bother, the largest first."""
     radius = np.sqrt(np.count_nonzero(target) / np.pi)
-    side = 2 * max(1, round(BRUSH * radius)) + 1
+    side = 2 * max(1, round(narrow * radius)) + 1
     brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     wide = cv2.morphologyEx(wrong.view(np.uint8), cv2.MORPH_OPEN, brush)
     outlines, _ = cv2.findContours(wide, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)

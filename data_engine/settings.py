@@ -20,7 +20,7 @@ from sam_train.ops.files import write_atomically
 
 FILE = "engine.yaml"
 OF_CALLS = tuple(
-    "root images annotations image reason who out of_round tune worker num_workers promote_model".split()
+    "root images annotations image reason who out of_round tune all worker num_workers promote_model".split()
 )
 """What a call says, and the file does not keep."""
 

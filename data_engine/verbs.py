@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ def init(call: Call) -> None:
     """a new engine: root=DIR images=PATH checkpoint=MODEL plan=NAME"""
     from data_engine.founding import found
 
-    engine = found(call.overrides, call.config_dir)
-    store = engine.store
-    print(
-        f"{engine.root}: {store.num_images(held_out=False)} images to label, "
-        f"{store.num_images(held_out=True)} held out, {len(engine.steps)} steps. "
-        f"data-engine round root={engine.root} runs the first"
-    )
+    with closing(found(call.overrides, call.config_dir)) as engine:
+        store = engine.store
+        print(
+            f"{engine.root}: {store.num_images(held_out=False)} images to label, "
+            f"{store.num_images(held_out=True)} held out, {len(engine.steps)} steps. "
+            f"data-engine round root={engine.root} runs the first"
+        )
 
 
 def register(call: Call) -> None:
@@ -51,20 +51,23 @@ def status(call: Call) -> None:
 
 
 def round_(call: Call) -> None:
-    """the next step of the plan, or on with the one under way: annotator=simulated does the people's part"""
+    """the next step of the plan, or on with the one under way: annotator=simulated does the people's part; all=true: all steps"""
     from data_engine.rounds import run_round
     from data_engine.status import describe, summary
 
     with _engine(call) as engine:
-        progress = run_round(engine)
-        if progress.round is None:
-            print("The plan has no further step.")
-        elif progress.waits_for:
-            print(
-                f"{describe(engine)}\nRound {progress.round.number} waits for {progress.waits_for}."
-            )
-        else:
-            print(summary(engine, progress.round))
+        while True:
+            progress = run_round(engine)
+            if progress.round is None:
+                print("The plan has no further step.")
+            elif progress.waits_for:
+                number = progress.round.number
+                print(f"{describe(engine)}\nRound {number} waits for {progress.waits_for}.")
+            else:
+                print(summary(engine, progress.round))
+                if engine.settings["all"]:
+                    continue
+            return
 
 
 def retrain(call: Call) -> None:

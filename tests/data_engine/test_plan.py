@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from data_engine import settings
 from data_engine.plan import HUMAN, read_steps
@@ -20,6 +21,16 @@ def test_a_packaged_plan_is_read_and_its_recipes_are_there(name: str) -> None:
     recipes = config.options("experiment")
     assert all(step.recipe in recipes and step.detector_recipe in recipes for step in steps)
     assert all(step.trains == (step.stage in HUMAN) or step.retrain for step in steps)
+
+
+@pytest.mark.parametrize("name", ["nuclei_small", "natural_small"])
+def test_what_a_plan_says_of_other_parts_counts(name: str) -> None:
+    said = OmegaConf.load(config.conf_dir() / "plan" / f"{name}.yaml")
+
+    cfg = settings.composed(["root=x", f"plan={name}"])
+
+    assert {"preset", "measure"} <= said.keys()
+    assert OmegaConf.merge(cfg, said) == cfg
 
 
 def test_the_plan_of_sa_1b_trains_six_times_then_five_times() -> None:

@@ -135,7 +135,7 @@ def steps_so_far(engine: Engine) -> int:
     for round_ in engine.store.rounds():
         metrics = engine.round_folder(round_.number) / "training_sam" / "metrics.json"
         if metrics.is_file():
-            total += int(json.loads(metrics.read_text())["steps"])
+            total += int(json.loads(metrics.read_text())["metrics"]["steps"])
     return total
 
 
@@ -221,6 +221,9 @@ def main() -> None:
         "--work", type=Path, required=True, help="folder of the engine and the runs"
     )
     parser.add_argument("--rounds-only", action="store_true", help="no models trained anew")
+    parser.add_argument(
+        "--steps", type=int, help="of these; as many as the rounds had, if not said"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder that also gets the tables as a file")
     arguments = parser.parse_args()
@@ -241,7 +244,8 @@ def main() -> None:
     steps = steps_so_far(engine)
     models = list(rows_of_models(engine.models()))
     if not arguments.rounds_only:
-        models += rows_of_comparison(engine, steps, arguments.work.absolute(), arguments.threads)
+        anew = arguments.steps or steps
+        models += rows_of_comparison(engine, anew, arguments.work.absolute(), arguments.threads)
     rounds = "round stage images masks masks/image s/mask s/mask,_all_in clicks/mask automatic"
     report = "\n".join(
         [

@@ -13,8 +13,9 @@ from data_engine.embeddings import Embeddings
 from data_engine.engine import Engine
 from data_engine.mask_store.rows import chunks
 from data_engine.plan import Step
+from data_engine.plan_check import stage_node
 from data_engine.records import Image, Round, Task
-from data_engine.round_parts import Outcome, Waiting, stage_node
+from data_engine.round_parts import Outcome, Waiting
 from data_engine.simulated_annotator import FIRST_NAME, SimulatedAnnotator, WorkDone
 from data_engine.stages.assisted import AssistedStage
 from data_engine.stages.semi_automatic import (
@@ -45,7 +46,7 @@ def hand_out(engine: Engine, round_: Round, step: Step) -> Outcome:
         log.info("round %d: %d tasks more", round_.number, len(lot))
     if engine.settings["embeddings_ahead"]:
         Embeddings(embeddings_folder(engine, round_), predictor).ahead(images)
-    return {"tasks": len(images)}
+    return {"tasks": len(images), "stage": stage_node(engine.settings, step)}
 
 
 def annotate(engine: Engine, round_: Round, step: Step) -> Outcome:
@@ -56,7 +57,8 @@ def annotate(engine: Engine, round_: Round, step: Step) -> Outcome:
     if waiting:
         return Waiting(f"{waiting} tasks of {round_.stage} that annotators have not done")
     shutil.rmtree(embeddings_folder(engine, round_), ignore_errors=True)
-    return {}
+    simulated = engine.settings.get("annotator")
+    return {} if simulated is None else {"annotator": simulated}
 
 
 def still_open(counts: Mapping[str, int]) -> int:
@@ -125,7 +127,7 @@ def _images(engine: Engine, round_: Round, step: Step) -> list[Image]:
 def _tasks(
     engine: Engine, round_: Round, step: Step, images: Sequence[Image], predictor: SamPredictor
 ) -> Iterator[Task]:
-    stage: Any = config.instantiate(stage_node(engine, step))
+    stage: Any = config.instantiate(stage_node(engine.settings, step))
     if isinstance(stage, AssistedStage):
         return stage.tasks(round_.number, images, predictor)
     assert isinstance(stage, SemiAutomaticStage)

@@ -10,7 +10,8 @@ ROOT/rounds/NNN/        shards/ and checkpoints/ of a round, report.md, report.j
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from data_engine.records import Image, Model, Rle, Round
 from data_engine.tasks import Desk
 from data_engine.truth import known_truth
 from sam_train import config
+from sam_train.training import run_lock
 
 SAM, DETECTOR = "sam", "detector"
 """Kinds of models, as `Model.config["kind"]` says."""
@@ -77,7 +79,8 @@ class Engine:
     @cached_property
     def desk(self) -> Desk:
         """Hands the tasks out."""
-        return Desk(self.store, clock=self.clock, lease_s=float(self.settings["lease_s"]))
+        labels, lease_s = self.settings.get("labels"), float(self.settings["lease_s"])
+        return Desk(self.store, clock=self.clock, lease_s=lease_s, labels=labels)
 
     @cached_property
     def steps(self) -> tuple[Step, ...]:
@@ -142,6 +145,24 @@ class Engine:
         """The last round that was begun."""
         rounds = self.store.rounds()
         return rounds[-1] if rounds else None
+
+
+@contextmanager
+def only_one(root: Path) -> Iterator[None]:
+    """Holds an engine's folder: one process at a time moves its rounds on, makes it or takes images out.
+
+    Raises:
+        ValueError: another does.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(run_lock.held(root))
+        except ValueError as error:
+            raise ValueError(
+                f"{str(error).split(':')[0]}: wait for its end; data-engine status root={root} "
+                "shows where it stands"
+            ) from None
+        yield
 
 
 def _round_of(model: Model) -> int:

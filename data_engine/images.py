@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from sqlalchemy.exc import IntegrityError
 from tqdm import tqdm
 
 from data_engine.image_finding import Found
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CHUNK = 256
 MOST_SHRINK = 8
+ATTEMPTS = 10
 ADVICE = "put it back, or register the images again where they now are"
 
 
@@ -149,21 +151,54 @@ def _register_chunk(
             result.broken.append((one.found.name, one.broken))
     ids = [one.image_id for one in whole]
     known, gone = store.images_by_id(ids), store.taken_down(ids)
-    new: dict[str, Image] = {}
-    keys = {key for one in whole for key in _keys(one)}
-    taken = {key: image.id for key, image in store.images_by_key(sorted(keys)).items()}
+    new: dict[str, _Examined] = {}
+    twins: list[_Examined] = []
     for one in whole:
-        other = known.get(one.image_id) or new.get(one.image_id)
+        other = known.get(one.image_id)
         if one.image_id in gone:
             log.warning("%s was taken down and is left out", one.found.name)
             result.taken_down.append(one.found.name)
         elif other is not None:
+            if held_out == 1 and not other.held_out:
+                log.warning("%s is not held out: it was registered to be labelled", one.found.name)
             known[one.image_id] = _meet_again(store, one, other, result)
+        elif one.image_id in new:
+            twins.append(one)
         else:
+            new[one.image_id] = one
+    num_new, keys = _add_named(store, list(new.values()), held_out, now)
+    result.num_new += num_new
+    for one in twins:
+        _note_duplicate(one, keys[one.image_id], result)
+
+
+def _add_named(
+    store: Store, new: list[_Examined], held_out: float, now: float
+) -> tuple[int, dict[str, str]]:
+    """Adds images by names that are free; others that register at this moment may take one.
+
+    Returns:
+        How many are new, and the name of each by its hash.
+    """
+    for attempt in range(ATTEMPTS):
+        keys = {key for one in new for key in _keys(one)}
+        taken = {key: image.id for key, image in store.images_by_key(sorted(keys)).items()}
+        images = []
+        for one in new:
             key = next(key for key in _keys(one) if taken.get(key, one.image_id) == one.image_id)
             taken[key] = one.image_id
-            new[one.image_id] = _image(one, key, held_out, now)
-    result.num_new += store.add_images(new.values())
+            images.append(_image(one, key, held_out, now))
+        try:
+            return store.add_images(images), {image.id: image.key for image in images}
+        except IntegrityError:
+            if attempt + 1 == ATTEMPTS:
+                raise
+    raise AssertionError
+
+
+def _note_duplicate(one: _Examined, key: str, result: Registration) -> None:
+    log.warning("%s is left out: it equals %s", one.found.name, key)
+    result.duplicates.append((one.found.name, key))
 
 
 def _keys(one: _Examined) -> tuple[str, str]:
@@ -205,8 +240,7 @@ def _meet_again(store: Store, one: _Examined, other: Image, result: Registration
         log.info("%s has moved to %s", other.key, one.found.name)
         result.moved.append(one.found.name)
     else:
-        log.warning("%s is left out: it equals %s", one.found.name, other.key)
-        result.duplicates.append((one.found.name, other.key))
+        _note_duplicate(one, other.key, result)
     return other
 
 

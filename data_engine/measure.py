@@ -40,13 +40,16 @@ class Measurement:
     clicks: ClickBenchmark | None
     proposals: ProposalBenchmark | None
 
-    def run(self, model: Sam, held_out: ShardSource, folder: Path) -> dict[str, float]:
+    def run(
+        self, model: Sam, held_out: ShardSource, folder: Path, checkpoint: str = ""
+    ) -> dict[str, float]:
         """Measures a model; what was measured in the folder before is not measured again.
 
         Args:
             model: in eval mode.
             held_out: images and their masks.
             folder: gets a folder of each protocol, with pictures.
+            checkpoint: what the model is called, for the record.
 
         Returns:
             `mean_iou@1` and so on, `box_mean_iou`, `average_recall@100` ...
@@ -54,8 +57,9 @@ class Measurement:
         found: dict[str, float] = {}
         for name, protocol in (("clicks", self.clicks), ("proposals", self.proposals)):
             if protocol is not None:
-                found |= (
-                    _known(folder / name) or protocol.run(model, held_out, folder / name)["metrics"]
+                where = folder / name
+                found |= _known(where) or dict(
+                    protocol.run(model, held_out, where, checkpoint=checkpoint)["metrics"]
                 )
         return found
 
@@ -68,7 +72,8 @@ def measure(engine: Engine, model: Model, folder: Path) -> dict[str, float]:
     cli_common.prepare_host()
     device = cli_common.device(str(engine.settings["device"]))
     loaded = load_model(engine.path(model.path), device=device)
-    return dict(protocols.run(loaded, ShardSource(path=str(held_out), name=HELD_OUT), folder))
+    source = ShardSource(path=str(held_out), name=HELD_OUT)
+    return dict(protocols.run(loaded, source, folder, f"{model.path} {model.id}"))
 
 
 def held_out_shards(engine: Engine) -> Path | None:

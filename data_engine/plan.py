@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import msgspec
+
 HUMAN = ("assisted", "semi_automatic")
 STAGES = (*HUMAN, "automatic")
 PARENT = "parent"
@@ -66,20 +68,46 @@ def read_steps(plan: Mapping[str, Any]) -> tuple[Step, ...]:
     Raises:
         ValueError: there is none, or one is not as a step should be; the message counts from 1.
     """
-    steps = plan.get("steps")
+    steps, defaults = plan.get("steps"), plan.get("defaults") or {}
     if not isinstance(steps, list) or not steps:
         raise ValueError("plan.steps is a list of steps, got none: see conf/plan for examples")
-    known = {one.name for one in fields(Step)}
-    made = []
+    if not isinstance(defaults, Mapping):
+        raise ValueError(f"plan.defaults is what steps do not say, as name: value; got {defaults}")
+    made: list[Step] = []
     for number, step in enumerate(steps, 1):
-        values = {**(plan.get("defaults") or {}), **step}
-        if unknown := sorted(values.keys() - known):
-            raise ValueError(
-                f"plan.steps, step {number}: unknown {', '.join(unknown)}; a step has "
-                f"{', '.join(sorted(known))}"
-            )
         try:
-            made.append(Step(**values))
-        except (TypeError, ValueError) as error:
+            made.append(_read_step(step, defaults))
+            _check_boxes(made)
+        except ValueError as error:
             raise ValueError(f"plan.steps, step {number}: {error}") from None
     return tuple(made)
+
+
+def _read_step(step: Any, defaults: Mapping[str, Any]) -> Step:
+    if not isinstance(step, Mapping):
+        raise ValueError(f"a step is {{stage: assisted, num_images: 100}}, say; got {step}")
+    values, known = {**defaults, **step}, {one.name for one in fields(Step)}
+    if unknown := sorted(values.keys() - known):
+        raise ValueError(f"unknown {', '.join(unknown)}; a step has {', '.join(sorted(known))}")
+    try:
+        return msgspec.convert(values, Step)
+    except msgspec.ValidationError as error:
+        raise ValueError(explained(error)) from None
+
+
+def _check_boxes(steps: Sequence[Step]) -> None:
+    """A detector learns from what the first stage made."""
+    *before, last = steps
+    if last.stage != "semi_automatic" or last.detector_boxes is not None:
+        return
+    if not any(step.stage == "assisted" for step in before):
+        raise ValueError(
+            "the box detector of a semi_automatic step is trained on the masks of assisted ones, and none "
+            "is before it: put one there, or name boxes with detector_boxes: FILE"
+        )
+
+
+def explained(error: msgspec.ValidationError) -> str:
+    """`seed: expected int, got str` of msgspec's "Expected `int`, got `str` - at `$.seed`"."""
+    said, _, place = str(error).replace("`", "").partition(" - at $.")
+    return f"{place}: {said[:1].lower()}{said[1:]}" if place else said

@@ -12,10 +12,10 @@ import logging
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_engine.code_version import code_version
 from data_engine.engine import DETECTOR, SAM, Engine
@@ -30,7 +30,6 @@ from sam_train.training import run_lock
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-PROMOTION = ("better", "always", "never")
 LOCK_POLL_S = 1.0
 
 
@@ -114,7 +113,8 @@ def retrain(engine: Engine, round_: Round, step: Step, *, name: str = "sam") -> 
     path = engine.round_folder(round_.number) / CHECKPOINTS / f"{name}.ckpt"
     made = _run(engine, command, path.parent.parent / f"training_{name}")
     parent = round_.model_id if step.checkpoint == PARENT else None
-    return _register(engine, keep_sam(made, path), path, SAM, parent, round_, shards, command)
+    lineage = _lineage(engine, SAM, parent, round_, shards, command)
+    return _register(engine, keep_sam(made, path, lineage), path, lineage)
 
 
 def train_detector(engine: Engine, round_: Round, step: Step) -> Model:
@@ -137,8 +137,8 @@ def train_detector(engine: Engine, round_: Round, step: Step) -> Model:
     ]
     path = engine.round_folder(round_.number) / CHECKPOINTS / "detector.ckpt"
     made = _run(engine, command, path.parent.parent / "training_detector")
-    made_id = keep_detector(made, path)
-    return _register(engine, made_id, path, DETECTOR, sam.id, round_, shards, command)
+    lineage = _lineage(engine, DETECTOR, sam.id, round_, shards, command)
+    return _register(engine, keep_detector(made, path, lineage), path, lineage)
 
 
 def judged(engine: Engine, model: Model, before: Model) -> Model:
@@ -150,8 +150,10 @@ def judged(engine: Engine, model: Model, before: Model) -> Model:
         before: the one that it would take the place of.
     """
     rule, metric = engine.settings["promote"], engine.settings["promote_by"]
-    if rule not in PROMOTION:
-        raise ValueError(f"promote is one of {', '.join(PROMOTION)}, got {rule}")
+    check_metric(engine, model)
+    if model.id == before.id:
+        log.warning("model %s: the training changed nothing", model.id[:12])
+        return before
     new, old = model.metrics.get(metric), before.metrics.get(metric)
     is_worse = new is not None and old is not None and new < old
     promoted = rule == "always" or (rule == "better" and not is_worse)
@@ -169,9 +171,26 @@ def judged(engine: Engine, model: Model, before: Model) -> Model:
     return model
 
 
+def check_metric(engine: Engine, model: Model) -> None:
+    """Sees that what models are compared by was measured, if anything was.
+
+    Raises:
+        ValueError: it was not.
+    """
+    metric = engine.settings["promote_by"]
+    if model.metrics and metric not in model.metrics:
+        raise ValueError(
+            f"promote_by={metric} was not measured; there is {', '.join(sorted(model.metrics))}: mend it in "
+            f"{engine.root / 'engine.yaml'}"
+        )
+
+
 def _command(engine: Engine, recipe: str, checkpoint: str | None) -> list[str]:
     start = [] if checkpoint is None else [f"checkpoint={checkpoint}"]
-    return ["sam-train", f"experiment={recipe}", *start, f"seed={engine.settings['seed']}"]
+    own = engine.settings.get("config_dir")
+    recipes = [] if own is None else ["--config-dir", str(own)]
+    seed = f"seed={engine.settings['seed']}"
+    return ["sam-train", f"experiment={recipe}", *recipes, *start, seed]
 
 
 def _data(engine: Engine, shards: Sequence[Shard], step: Step) -> list[str]:
@@ -207,32 +226,33 @@ def _run(engine: Engine, command: list[str], run_dir: Path) -> Path:
     return trainer.run(command, run_dir)
 
 
-def _register(
+def _lineage(
     engine: Engine,
-    made_id: str,
-    path: Path,
     kind: str,
     parent: str | None,
     round_: Round,
     shards: Sequence[Shard],
     command: Sequence[str],
-) -> Model:
-    known = engine.store.model(made_id)
-    if known is not None and known.round != round_.number:  # the training changed nothing
-        return known
+) -> dict[str, Any]:
+    """Fields of a `Model`: what it was made from, with and by."""
     sums = json.dumps(sorted(one.sha256 for one in shards))
     said = [argument.replace(f"{engine.root}/", "") for argument in command]
-    model = Model(
-        id=made_id,
-        path=engine.relative(path),
-        parent=parent,
-        round=round_.number,
-        trained_on=tuple(one.path for one in shards),
-        data_fingerprint=hashlib.sha256(sums.encode()).hexdigest(),
-        config={"kind": kind, "command": said},
-        code_version=code_version(),
-        created_at=engine.clock(),
-    )
+    return {
+        "parent": parent,
+        "round": round_.number,
+        "trained_on": [one.path for one in shards],
+        "data_fingerprint": hashlib.sha256(sums.encode()).hexdigest(),
+        "config": {"kind": kind, "command": said},
+        "code_version": code_version(),
+    }
+
+
+def _register(engine: Engine, made_id: str, path: Path, lineage: Mapping[str, Any]) -> Model:
+    known = engine.store.model(made_id)
+    if known is not None and known.round != lineage["round"]:  # the training changed nothing
+        return known
+    fields = {**lineage, "trained_on": tuple(lineage["trained_on"])}
+    model = Model(id=made_id, path=engine.relative(path), created_at=engine.clock(), **fields)
     engine.store.put_model(model)
     return model
 

@@ -9,6 +9,7 @@ import logging
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,19 +20,25 @@ from data_engine.filters import UselessModelError
 from data_engine.mask_store.claims import StoreClaims
 from data_engine.measure import measure
 from data_engine.plan import Step
+from data_engine.plan_check import stage_node
 from data_engine.records import Model, Round
 from data_engine.report import write_report
-from data_engine.retrain import judged, retrain, train_detector
+from data_engine.retrain import check_metric, judged, retrain, train_detector
 from data_engine.shard_claims import Share
+from data_engine.shard_plan import planned
 from data_engine.shard_writer import ShardManifest, finished
 from data_engine.shards_of_round import SHARDS, Labelled, note_shards, write_round, write_shards
 from data_engine.stages.fully_automatic import Generated, generate
 from sam_train import config
+from sam_train.training import run_lock
 
 log = logging.getLogger(__name__)
 
 IMAGES = "images"
 """Folder of a round: the images that its automatic stage is to label, as shards, while it does."""
+WORKERS = "workers"
+"""Folder of a round: who is at it, of this machine."""
+MOST_WORKERS = 1000
 
 
 class Waiting(NamedTuple):
@@ -47,7 +54,9 @@ def measure_start(engine: Engine, round_: Round, step: Step) -> Outcome:
     """Measures the model that the round works with, where nobody has yet."""
     model = engine.model_of(round_)
     if not model.metrics:
-        engine.store.put_model(measured(engine, model))
+        model = measured(engine, model)
+        engine.store.put_model(model)
+    check_metric(engine, model)  # before people work, not after the training
     return {}
 
 
@@ -94,7 +103,7 @@ def generate_masks(engine: Engine, round_: Round, step: Step) -> Outcome:
     )
     if done.num_open:
         return Waiting(f"{done.num_open} shards of other workers: data-engine generate makes them")
-    return {"stage": stage_node(engine, step)}
+    return {"stage": stage_node(engine.settings, step)}
 
 
 def generate_share(
@@ -106,16 +115,21 @@ def generate_share(
         UselessModelError, ValueError, OSError: see `AutomaticStage.run`.
     """
     folder = engine.round_folder(round_.number)
-    # The same name after a crash: what it held then is still its own.
-    claims = StoreClaims(engine.store, f"{socket.gethostname()}/{worker}", clock=engine.clock)
+    with _own_name(folder / WORKERS, worker) as holder:
+        claims = StoreClaims(engine.store, holder, clock=engine.clock)
+        share = Share(worker=worker, num_workers=num_workers, claims=claims)
+        return _generate(engine, round_, step, folder, share)
+
+
+def _generate(engine: Engine, round_: Round, step: Step, folder: Path, share: Share) -> Generated:
     try:
         return generate(
-            stage_node(engine, step),
+            stage_node(engine.settings, step),
             checkpoint=str(engine.path(engine.model_of(round_).path)),
             shards=str(folder / IMAGES),
             out=folder / SHARDS,
             round_number=round_.number,
-            share=Share(worker=worker, num_workers=num_workers, claims=claims),
+            share=share,
             device=str(engine.settings["device"]),
         )
     except UselessModelError:
@@ -123,12 +137,39 @@ def generate_share(
         raise
 
 
+@contextmanager
+def _own_name(folder: Path, worker: int) -> Iterator[str]:
+    """A name that no other process of this machine claims shards by.
+
+    After a crash it is the same one again: what was held then is still its own.
+    """
+    for number in range(MOST_WORKERS):
+        name = f"{socket.gethostname()}-{worker}-{number}"
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(run_lock.held(folder / name))
+            except ValueError:
+                continue
+            yield name
+            return
+    raise ValueError(f"{MOST_WORKERS} workers with worker={worker} are at it on this machine")
+
+
 def note_generated(engine: Engine, round_: Round, step: Step) -> Outcome:
     """Tells the store of the automatic shards; the images that they were made of are theirs now."""
     folder = engine.round_folder(round_.number)
+    gone = [name for name in planned(folder / SHARDS) if finished(folder / SHARDS / name) is None]
+    if gone and (folder / IMAGES).is_dir():
+        generate_share(engine, round_, step)
+    elif gone:
+        raise FileNotFoundError(
+            f"{folder / SHARDS / gone[0]} is gone or damaged, and its automatic masks are nowhere else: put it "
+            "back and call again"
+        )
     manifests = _finished_shards(folder / SHARDS)
     note_shards(engine, round_, manifests, "automatic")
-    shutil.rmtree(folder / IMAGES, ignore_errors=True)
+    for left in (IMAGES, WORKERS):
+        shutil.rmtree(folder / left, ignore_errors=True)
     return {"masks": sum(one.masks for one in manifests)}
 
 
@@ -144,11 +185,6 @@ def measure_new(engine: Engine, round_: Round, step: Step) -> Outcome:
     if model is None:
         return {}
     return {"promoted": judged(engine, measured(engine, model), engine.model_of(round_)).promoted}
-
-
-def stage_node(engine: Engine, step: Step) -> dict[str, Any]:
-    """What builds the stage of a step: its node of `stages`, with the step's own settings."""
-    return config.merged(engine.settings["stages"][step.stage], step.settings)
 
 
 def report(engine: Engine, round_: Round, step: Step) -> Outcome:

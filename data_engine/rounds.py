@@ -7,15 +7,15 @@ call finds the same part and finishes it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 from data_engine.annotation import annotate, hand_out
 from data_engine.code_version import code_version
-from data_engine.engine import Engine
+from data_engine.engine import Engine, only_one
 from data_engine.plan import Step
+from data_engine.plan_check import check_rounds, check_steps
 from data_engine.records import Model, Round
 from data_engine.retrain import judged, retrain
 from data_engine.round_parts import (
@@ -34,7 +34,6 @@ from data_engine.round_parts import (
     train,
 )
 from data_engine.stages.fully_automatic import Generated
-from sam_train.training import run_lock
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +87,11 @@ def run_round(engine: Engine) -> Progress:
         ValueError: another process does so at this moment, or a part cannot be done; what was finished
             is kept, and the next call goes on.
     """
-    with only_one(engine):
+    with only_one(engine.root):
         round_ = current(engine)
         if round_ is None:
             return Progress(None)
-        step = engine.steps[round_.plan_step]
+        step = step_of(engine, round_)
         while round_.state != DONE:
             outcome = PARTS[round_.stage][round_.state](engine, round_, step)
             if isinstance(outcome, Waiting):
@@ -102,13 +101,20 @@ def run_round(engine: Engine) -> Progress:
 
 
 def current(engine: Engine) -> Round | None:
-    """The round under way, or the next one of the plan, begun; None where there is none."""
+    """The round under way, or the next one of the plan, begun; None where there is none.
+
+    Raises:
+        ValueError: the plan has a mistake that would come up later, after people's work say.
+    """
     last = engine.current_round()
+    check_rounds(engine.steps, engine.store.rounds())
     if last is not None and last.state != DONE:
+        check_steps(engine.steps, engine.settings, numbers=[last.plan_step])
         return last
     place = 0 if last is None else last.plan_step + 1
     if place >= len(engine.steps):
         return None
+    check_steps(engine.steps, engine.settings, numbers=[place])
     step = engine.steps[place]
     round_ = Round(
         number=1 if last is None else last.number + 1,
@@ -124,22 +130,14 @@ def current(engine: Engine) -> Round | None:
     return round_
 
 
-@contextmanager
-def only_one(engine: Engine) -> Iterator[None]:
-    """Holds the engine: one process at a time moves its rounds on.
+def step_of(engine: Engine, round_: Round) -> Step:
+    """What the plan says of a round.
 
     Raises:
-        ValueError: another does.
+        ValueError: it does not say it any more.
     """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(run_lock.held(engine.root))
-        except ValueError as error:
-            raise ValueError(
-                f"{str(error).split(':')[0]}: wait for its end; data-engine status root={engine.root} "
-                "shows where it stands"
-            ) from None
-        yield
+    check_rounds(engine.steps, [round_])
+    return engine.steps[round_.plan_step]
 
 
 def _moved_on(engine: Engine, round_: Round, found: Mapping[str, Any]) -> Round:
@@ -160,7 +158,7 @@ def retrain_now(engine: Engine) -> Model:
     Raises:
         ValueError: there is no round or no mask yet, or the training failed.
     """
-    with only_one(engine):
+    with only_one(engine.root):
         round_ = engine.current_round()
         if round_ is None:
             raise ValueError(f"{engine.root} has no round yet, so nothing to train on")
@@ -168,7 +166,7 @@ def retrain_now(engine: Engine) -> Model:
         start = replace(round_, model_id=before.id)
         others = [one for one in engine.models() if one.round == round_.number]
         name = f"sam_{len(others) + 1}"
-        model = retrain(engine, start, engine.steps[round_.plan_step], name=name)
+        model = retrain(engine, start, step_of(engine, round_), name=name)
         if model is None:
             raise ValueError(f"{engine.root} has no mask to train on yet")
         return judged(engine, measured(engine, model), before)
@@ -184,7 +182,7 @@ def promote(engine: Engine, name: str) -> Model:
     Raises:
         ValueError: no model or several are so called.
     """
-    with only_one(engine):
+    with only_one(engine.root):
         models = engine.models()
         places = [place for place, one in enumerate(models) if one.id.startswith(name)]
         if len(places) != 1:
@@ -213,7 +211,7 @@ def generate_now(engine: Engine) -> Generated:
     return generate_share(
         engine,
         round_,
-        engine.steps[round_.plan_step],
+        step_of(engine, round_),
         worker=int(worker),
         num_workers=int(num_workers),
     )

@@ -95,8 +95,34 @@ def open_plan(out: Path, paths: str | Sequence[str], made_with: Mapping[str, Any
             f"{len(more)} shards were added since {out} was begun ({', '.join(more[:5])}): choose "
             "another out=DIR for them"
         )
-    shards = (PlannedShard(name, i, named.get(name)) for i, name in enumerate(there["shards"]))
+    shards = (
+        PlannedShard(name, i, named.get(name))
+        for i, name in enumerate(there["shards"])
+        if name not in there["left_out"]
+    )
     return Plan(made_with, tuple(shards))
+
+
+def planned(out: Path) -> list[str]:
+    """The names of a plan's shards; none where there is no plan.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if not (out / PLAN).is_file():
+        return []
+    there = _read(out / PLAN)
+    return [name for name in there["shards"] if name not in there["left_out"]]
+
+
+def leave_out(out: Path, name: str) -> None:
+    """Takes a shard out of a plan, if there is one: its input was emptied. The others keep their numbers."""
+    path = out / PLAN
+    if path.is_file():
+        there = _read(path)
+        write_atomically(path, _text({**there, "left_out": [*there["left_out"], name]}))
+    for left in (out / name, manifest_path(out / name)):
+        left.unlink(missing_ok=True)
 
 
 def _inputs(paths: str | Sequence[str]) -> tuple[list[str], list[str]]:
@@ -150,7 +176,11 @@ def _publish(path: Path, content: Mapping[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {"made_with": dict(content["made_with"]), "shards": list(content["shards"])}
+        return {
+            "made_with": dict(content["made_with"]),
+            "shards": list(content["shards"]),
+            "left_out": list(content.get("left_out", ())),
+        }
     except (ValueError, KeyError, TypeError):
         raise ValueError(
             f"{path} is damaged or no plan of data-engine generate: choose another out=DIR"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -42,16 +42,23 @@ class Desk:
         store: where tasks and masks are.
         clock: seconds since 1970; a test's or a simulation's own.
         lease_s: how long an annotator holds a task without renewing it.
+        labels: the classes of the project, of which a mask may have one; None: any that it is given.
     """
 
     def __init__(
-        self, store: Store, *, clock: Callable[[], float] = time.time, lease_s: float = 1800.0
+        self,
+        store: Store,
+        *,
+        clock: Callable[[], float] = time.time,
+        lease_s: float = 1800.0,
+        labels: Sequence[str] | None = None,
     ) -> None:
         if not lease_s > 0:
             raise ValueError(f"lease_s is a number of seconds above 0, got {lease_s}")
         self.store = store
         self.clock = clock
         self.lease_s = lease_s
+        self.labels = labels
 
     def add_tasks(self, tasks: Iterable[Task]) -> int:
         """Adds tasks, all or none; those whose id is known are left as they are.
@@ -132,7 +139,8 @@ class Desk:
         Raises:
             Conflict: another annotator holds or did the task, it was withdrawn, or it was handed out
                 anew since; nothing is merged.
-            ValueError: a mask is damaged, empty or not of the image's size, or an event is of none.
+            ValueError: a mask is damaged, empty, not of the image's size or of no class of the project, or
+                an event is of none.
         """
         _check_name(annotator)
         with self.store.read() as connection:
@@ -152,6 +160,7 @@ class Desk:
             known = leases.submission_of(connection, submission.submission_id)
             if known is not None:
                 return _same(known, annotator, digest).receipt
+            _check_labels(submission, self.labels)
             task = _held(task, submission.task_id, annotator)
             if task.version != submission.version:
                 raise Conflict(
@@ -183,6 +192,15 @@ class _Measured(NamedTuple):
     rle: dict[str, Any]
     bbox: tuple[float, float, float, float]
     area: int
+
+
+def _check_labels(submission: Submission, labels: Sequence[str] | None) -> None:
+    for place, mask in enumerate(submission.masks):
+        if labels is not None and mask.label is not None and mask.label not in labels:
+            raise ValueError(
+                f"mask {place} of {submission.submission_id}: its label is {mask.label!r}; this project has "
+                f"{', '.join(labels) or 'none'}"
+            )
 
 
 def _measured(submission: Submission, image: Image) -> list[_Measured]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -60,6 +60,8 @@ def known_truth(image: Image) -> Sequence[Rle]:
 class CocoTruth:
     """The same of images that were registered from a COCO file; called as `known_truth` is.
 
+    Those that lie in shards have theirs beside them there.
+
     Attributes:
         images: the folder that `file_name` is looked for in, as for `init`.
         annotations: the JSON file.
@@ -75,6 +77,8 @@ class CocoTruth:
             UnknownTruthError: the file has no usable annotation of it.
             FileNotFoundError, ValueError: it is no COCO file.
         """
+        if image.member is not None:
+            return known_truth(image)
         number = self._numbers.get(image.path)
         if number is None:
             raise UnknownTruthError(f"{self.annotations} has no annotation of {image.path}")
@@ -91,8 +95,36 @@ class CocoTruth:
         for number in range(len(items)):
             entry = items.index.image(number)
             name = str(entry["file_name"])
-            path = items.folder.at(name) or items.folder.by_bare_name(
-                name, namesake=items.index.namesake(number), size=None
-            )
+            try:
+                path = items.folder.at(name) or items.folder.by_bare_name(
+                    name, namesake=items.index.namesake(number), size=None
+                )
+            except ValueError:  # not there, so not registered either
+                continue
             found[os.path.abspath(path)] = number
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truths:
+    """Several of these: of an image the first that knows it.
+
+    Attributes:
+        of: called as `known_truth` is.
+    """
+
+    of: Sequence[Callable[[Image], Sequence[Rle]]]
+
+    def __call__(self, image: Image) -> Sequence[Rle]:
+        """The masks of an image.
+
+        Raises:
+            UnknownTruthError: none knows it.
+        """
+        said = []
+        for known in self.of:
+            try:
+                return known(image)
+            except UnknownTruthError as error:
+                said.append(str(error))
+        raise UnknownTruthError("; ".join(dict.fromkeys(said)))

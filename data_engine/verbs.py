@@ -34,12 +34,12 @@ def init(call: Call) -> None:
 
 def register(call: Call) -> None:
     """more images: root=DIR images=PATH"""
-    from data_engine.founding import add_images
+    from data_engine.founding import add_more_images
 
     with _engine(call) as engine:
         if engine.settings["images"] is None:
             raise ValueError("no value for images; say images=... (a folder, a glob or shards)")
-        print(add_images(engine, engine.settings))
+        print(add_more_images(engine))
 
 
 def status(call: Call) -> None:
@@ -125,6 +125,16 @@ def report(call: Call) -> None:
         print(f"See {write_report(engine.store, engine.root, chosen, node)}")
 
 
+def lineage(call: Call) -> None:
+    """names all that came from an image: image=KEY"""
+    from data_engine.image_traces import traces
+
+    with _engine(call) as engine:
+        if engine.settings["image"] is None:
+            raise ValueError("no value for image; say image=KEY")
+        print(traces(engine, str(engine.settings["image"])))
+
+
 def remove(call: Call) -> None:
     """takes an image down, with all that came from it: image=KEY reason=TEXT"""
     from data_engine.removal import remove as take_down
@@ -151,7 +161,8 @@ def backup(call: Call) -> None:
 
 @contextmanager
 def _engine(call: Call) -> Iterator[Engine]:
-    root = config.plain(settings.composed(call.overrides, call.config_dir), resolve=False)["root"]
+    named = [one for one in call.overrides if one.startswith("root=")]
+    root = config.plain(settings.composed(named), resolve=False)["root"]
     if root in ("???", None):
         raise ValueError("no value for root; say root=DIR")
     engine = Engine.open(Path(str(root)), call.overrides, config_dir=call.config_dir)
@@ -171,6 +182,7 @@ VERBS: dict[str, Callable[[Call], None]] = {
     "annotate": annotate,
     "audit": audit,
     "report": report,
+    "lineage": lineage,
     "remove": remove,
     "backup": backup,
 }

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import inspect
+import os
 import re
 import sysconfig
 import traceback
@@ -198,7 +200,9 @@ def _from_worker(text: str) -> str | None:
 def _text(error: object) -> str:
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return f"{', '.join(names)}: {error.strerror}" if names else error.strerror
+        said = f"{', '.join(names)}: {error.strerror}" if names else error.strerror
+        is_plain = error.strerror == os.strerror(errno.ENOSPC)
+        return f"{said}. Make room and call again: what is finished stays" if is_plain else said
     return str(error) or type(error).__name__
 
 

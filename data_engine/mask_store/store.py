@@ -116,6 +116,13 @@ class Store:
                     found[row._mapping[name]] = from_row(Image, row)
         return found
 
+    def forget_images(self) -> None:
+        """Removes all images and models, as long as there is no round: of an `init` that was given up."""
+        with self.write() as connection:
+            if connection.execute(select(schema.rounds).limit(1)).first() is None:
+                for table in (schema.models, schema.images):
+                    connection.execute(delete(table))
+
     def put_image(self, image: Image) -> None:
         """Stores an image as it now is, where it lies elsewhere say."""
         self._put(schema.images, to_row(image))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+
+FULL_BYTES = 2**20
+"""A disk with less to spare is the reason why a library could not write, whatever it says itself."""
 
 
 class DamagedFileError(ValueError):
@@ -73,5 +78,13 @@ def write_atomically(
         if before is not None:
             before()
         unfinished.replace(path)
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+    except Exception as error:  # each library's own
+        if shutil.disk_usage(path.parent).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         unfinished.unlink(missing_ok=True)

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import re
 import shutil
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import PIL.Image
 import pytest
+import torch
 
-from data_engine import cli
-from data_engine.engine import Engine
+from data_engine import cli, settings
+from data_engine.engine import Engine, only_one
 from data_engine.mask_store.lineage import tombstones
+from data_engine.records import DrawnMask, Submission
+from data_engine.round_parts import _own_name
 from data_engine.rounds import PARTS
 from data_engine.shard_writer import finished, manifest_path
+from sam_train.checkpoints.load import load_model
 from sam_train.data.sa1b import ShardSource
+from sam_train.ops import rle
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_engine
@@ -40,18 +51,18 @@ def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def begin(tmp_path: Path, toys: Path) -> Begin:
     """`begin("{stage: ...}", ...)`: the folder of a new engine; its images are in scenes.tar beside it."""
+    return partial(begun, tmp_path, toys)
 
-    def begun(*steps: str) -> Path:
-        shutil.copy(toys / "scenes.tar", tmp_path / "scenes.tar")
-        settings = toy_engine.toy_settings("toy_engine.InProcess", f"[{','.join(steps)}]")
-        places = [f"images={tmp_path / 'scenes.tar'}", f"checkpoint={toys / 'toy.ckpt'}"]
-        root = tmp_path / "engine"
-        # Nothing is measured: that takes the longest here.
-        unmeasured = ["held_out=0.3", "measure.clicks=null", "measure.proposals=null"]
-        assert call("init", f"root={root}", *places, *settings, *unmeasured) == 0
-        return root
 
-    return begun
+def begun(folder: Path, toys: Path, *steps: str, overrides: Sequence[str] = ()) -> Path:
+    shutil.copy(toys / "scenes.tar", folder / "scenes.tar")
+    toy = toy_engine.toy_settings("toy_engine.InProcess", f"[{','.join(steps)}]")
+    places = [f"images={folder / 'scenes.tar'}", f"checkpoint={toys / 'toy.ckpt'}"]
+    # Nothing is measured: that takes the longest here.
+    unmeasured = ["held_out=0.3", "measure.clicks=null", "measure.proposals=null"]
+    root = folder / "engine"
+    assert call("init", f"root={root}", *places, *toy, *unmeasured, *overrides) == 0
+    return root
 
 
 def call(*argv: str) -> int:
@@ -89,7 +100,6 @@ def test_help_names_all_verbs(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "expected one of init"),
         (["round"], "no value for root; say root=DIR"),
         (["status", "root=no/such"], "no/such holds no engine"),
-        (["round", "root=no/such", "promot=always"], "promot"),
         (["init", "root=x", "images=y"], "checkpoint"),
         (["round", "loud", "root=x"], "expected NAME=VALUE, got 'loud'"),
     ],
@@ -106,18 +116,72 @@ def test_init_takes_no_folder_that_holds_something(
     root = begin(QUIET)
     places = [f"images={toys / 'scenes.tar'}", f"checkpoint={toys / 'toy.ckpt'}"]
 
+    assert "promot: there is no such" in refused("round", f"root={root}", "promot=always")
     assert "holds an engine already" in refused("init", f"root={root}", *places)
     assert "holds other things" in refused("init", f"root={tmp_path}", *places)
 
 
-def test_init_that_was_broken_off_is_finished_by_the_same_call(begin: Begin) -> None:
+def test_init_that_was_broken_off_is_finished_by_the_same_call(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_off(begin, monkeypatch)
     root = begin(QUIET)
-    before = Engine.open(root).store.contents()
-    (root / "engine.yaml").unlink()  # what is written last
+    begun = Engine.open(root)
+    assert begun.store.num_images() == 10
+    assert [model.config["kind"] for model in begun.models()] == ["sam"]
+    assert not (root / "init.yaml").exists()
+
+
+def test_init_that_was_broken_off_counts_for_nothing_where_another_is_called(
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken_off(begin, monkeypatch, "held_out=0.9")
+    root = begin(QUIET)
+    before = Engine.open(root).store.contents(wall_clock=False)
+    shutil.rmtree(root)
 
     begin(QUIET)
 
     assert Engine.open(root).store.contents() == before
+
+
+def broken_off(begin: Begin, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    """An init that is killed while it writes its last file."""
+
+    def killed(root: Path, _: object) -> None:
+        (root / ".engine.yaml.a1b2").write_text("half of it")
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(settings, "write", killed)
+        begin(QUIET, overrides=overrides)
+
+
+def test_init_takes_no_store_of_another_engine(
+    begin: Begin, refused: Callable[..., str], tmp_path: Path, toys: Path
+) -> None:
+    root = begin(QUIET)
+    places = [f"images={toys / 'scenes.tar'}", f"checkpoint={toys / 'toy.ckpt'}"]
+    store = f"store.url={root / 'engine.sqlite'}"
+
+    said = refused("init", f"root={tmp_path / 'other'}", *places, store)
+
+    assert "is the store of another engine" in said
+    assert Engine.open(root).store.num_images() == 10
+
+
+def test_init_says_that_nothing_can_be_measured(
+    tmp_path: Path, toys: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for number in range(8):
+        picture = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+        PIL.Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    root = tmp_path / "engine"
+    places = [f"images={tmp_path}/*.png", f"checkpoint={toys / 'toy.ckpt'}", "held_out=0.5"]
+
+    assert call("init", f"root={root}", *places, *toy_engine.toy_settings("x", f"[{QUIET}]")) == 0
+
+    assert "no masks are known of the images that are held out" in caplog.text
 
 
 def test_a_store_that_is_gone_or_locked_is_named(begin: Begin, refused: Callable[..., str]) -> None:
@@ -181,13 +245,18 @@ def test_a_shard_that_was_removed_since(
     assert by_people.read_bytes() == content
 
 
+@pytest.fixture(scope="module")
+def labelled_once(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Path:
+    root = begun(tmp_path_factory.mktemp("labelled"), toys, QUIET, AUTOMATIC)
+    assert simulated(root) == 0
+    assert simulated(root) == 0
+    return root
+
+
 @pytest.fixture
-def labelled(begin: Begin) -> Iterator[Engine]:
-    """Three images by people, three by the model."""
-    root = begin(QUIET, AUTOMATIC)
-    assert simulated(root) == 0
-    assert simulated(root) == 0
-    engine = Engine.open(root)
+def labelled(labelled_once: Path, tmp_path: Path) -> Iterator[Engine]:
+    """Three images by people, three by the model; a copy of one that was made elsewhere, as one may be moved."""
+    engine = Engine.open(shutil.copytree(labelled_once, tmp_path / "engine"))
     yield engine
     engine.close()
 
@@ -220,6 +289,120 @@ def test_an_image_that_is_taken_down_is_in_no_shard_any_more(
     )
 
 
+def test_what_came_from_an_image_is_named_and_pictures_of_it_go(
+    labelled: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = labelled.root
+    key = sorted(keys_of(min(root.glob("rounds/001/shards/*.tar"))))[0]
+    pictures = [
+        root / "rounds/001/training_sam/figures/step_1.png",
+        root / "eval/m/clicks/figures/worst.png",
+    ]
+    for picture in pictures:
+        picture.parent.mkdir(parents=True)
+        picture.write_bytes(b"")
+    unfinished = root / "rounds/001/figures/.random.png.killed"
+    unfinished.write_bytes(b"")
+    capsys.readouterr()
+
+    assert call("lineage", f"root={root}", f"image={key}") == 0
+
+    said = capsys.readouterr().out
+    assert "rounds/001/shards/assisted-000000.tar" in said
+    assert "rounds: 1\n" in said and "rounds/001/figures/images.png" in said
+    before = {path: path.read_bytes() for path in root.glob("rounds/001/figures/*.png")}
+    assert call("remove", f"root={root}", f"image={key}", "reason=asked to") == 0
+    assert not pictures[0].exists() and not unfinished.exists()
+    assert pictures[1].exists()  # only held-out images are shown there
+    assert (root / "rounds/001/report.html").is_file()
+    after = {path: path.read_bytes() for path in root.glob("rounds/001/figures/*.png")}
+    assert (
+        after[root / "rounds/001/figures/images.png"]
+        != before[root / "rounds/001/figures/images.png"]
+    )
+    held_out = min(root.glob("held_out/*.tar"))
+    (held_key,) = sorted(keys_of(held_out))[:1]
+    assert call("remove", f"root={root}", f"image={held_key}", "reason=asked to") == 0
+    assert not pictures[1].exists()
+    assert held_key not in {key for path in root.glob("held_out/*.tar") for key in keys_of(path)}
+
+
+def test_a_shard_that_is_not_at_hand_is_still_to_be_cleaned(
+    labelled: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = labelled.root
+    path = min(root.glob("rounds/002/shards/*.tar"))
+    key, other = sorted(keys_of(path))
+    typed = ("remove", f"root={root}", f"image={key}", "reason=asked to")
+    path.rename(path.with_suffix(".aside"))
+
+    assert call(*typed) == 0
+
+    assert f"gone or damaged and may hold it: {labelled.relative(path)}" in capsys.readouterr().out
+    path.with_suffix(".aside").rename(path)
+    assert call(*typed) == 0
+    assert "gone or damaged" not in capsys.readouterr().out
+    assert keys_of(path) == {other}
+    (stone,) = tombstones(labelled.store)
+    assert stone.shards == ()
+
+
+def test_an_image_is_taken_down_in_the_midst_of_an_automatic_round(
+    begin: Begin, refused: Callable[..., str]
+) -> None:
+    root = begin(AUTOMATIC)
+    (root / "rounds/001/shards").mkdir(parents=True)
+    assert "finds no mask in any" in refused("round", f"root={root}", "preset.pred_iou_thresh=9")
+    _, alone = sorted(root.glob("rounds/001/images/*.tar"))  # of two images and of one
+    (key,) = keys_of(alone)
+    plan = root / "rounds/001/shards/generate.json"
+    stage = "preset.stability_score_thresh=0.0"
+    assert call("generate", f"root={root}", "worker=1", "num_workers=2", stage) == 0
+    made = root / "rounds/001/shards" / alone.name
+    assert plan.is_file() and keys_of(made) == {key}
+
+    assert call("remove", f"root={root}", f"image={key}", "reason=asked to") == 0
+
+    assert not alone.exists() and not made.exists()
+    assert call("round", f"root={root}") == 0
+    assert len(keys_of(root)) == 2 and key not in keys_of(root)
+
+
+def test_a_training_that_was_broken_off_begins_anew_without_an_image(labelled: Engine) -> None:
+    root = labelled.root
+    key = min(keys_of(next(root.glob("rounds/001/shards/*.tar"))))
+    unfinished = root / "rounds/002/training_sam_1"
+    unfinished.mkdir()
+
+    assert call("remove", f"root={root}", f"image={key}", "reason=asked to") == 0
+
+    assert not unfinished.exists()
+
+
+def test_nothing_is_taken_out_under_a_round_s_hands(
+    labelled: Engine, refused: Callable[..., str]
+) -> None:
+    key = min(keys_of(labelled.root))
+    context = multiprocessing.get_context("fork")
+    held, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(labelled.root, held, done))
+    other.start()
+    held.wait()
+
+    said = refused("remove", f"root={labelled.root}", f"image={key}", "reason=asked to")
+
+    done.set()
+    other.join()
+    assert "is in use by process" in said and "wait for its end" in said
+    assert key in keys_of(labelled.root)
+
+
+def hold(root: Path, held: Any, done: Any) -> None:
+    with only_one(root):
+        held.set()
+        done.wait(60)
+
+
 def keys_of(place: Path) -> set[str]:
     """The images of a shard, or of all shards of an engine."""
     paths = [place] if place.is_file() else sorted(place.glob("rounds/*/shards/*.tar"))
@@ -240,6 +423,80 @@ def test_a_round_s_parts_may_all_be_done_again(labelled: Engine) -> None:
     assert labelled.store.contents() == before
     assert {path: path.read_bytes() for path in shards} == shards
     assert all(manifest_path(path).is_file() for path in shards)
+
+
+def test_an_automatic_shard_that_goes_before_the_store_knows_of_it_is_not_forgotten(
+    labelled: Engine, refused: Callable[..., str]
+) -> None:
+    root = labelled.root
+    path = min(root.glob("rounds/002/shards/*.tar"))
+    content = path.read_bytes()
+    path.unlink()
+    last = labelled.store.rounds()[-1]
+    labelled.store.put_round(replace(last, state="shards"))
+    assert f"{path} is gone or damaged" in refused("round", f"root={root}")
+
+    labelled.store.put_round(replace(last, state="images"))  # its inputs come again
+    assert call("round", f"root={root}") == 0
+
+    assert path.read_bytes() == content
+
+
+def test_class_labels_travel_with_the_masks_and_every_file_says_where_it_is_from(
+    begin: Begin,
+) -> None:
+    root = begin("{stage: assisted, num_images: 1}", overrides=["labels=[cell,debris]"])
+    assert call("round", f"root={root}") == 0
+    engine = Engine.open(root)
+    task = engine.desk.next_task("anna")
+    assert task is not None
+    mask = np.zeros(engine.store.image(task.image_id).size, bool)
+    mask[8:40, 8:40] = True
+    drawn = DrawnMask(rle=rle.encode(mask), label="cell")
+    sent = Submission(submission_id="s", task_id=task.id, version=task.version, masks=(drawn,))
+    engine.desk.submit(sent, "anna")
+
+    assert call("round", f"root={root}") == 0
+
+    (path,) = root.glob("rounds/001/shards/*.tar")
+    ((record),) = ShardSource(path=str(path)).records(
+        epoch=0, reader=0, num_readers=1, shuffle=False
+    )
+    assert record.annotations[0].extra["label"] == "cell"
+    first, trained = engine.models()
+    assert first.config["checkpoint"].endswith("toy.ckpt") and first.code_version
+    kept = torch.load(root / trained.path, weights_only=True)["lineage"]
+    assert kept["parent"] == first.id and kept["round"] == 1
+    assert kept["trained_on"] == ["rounds/001/shards/assisted-000000.tar"]
+    assert kept["data_fingerprint"] == trained.data_fingerprint
+    assert kept["config"] == trained.config and kept["code_version"] == trained.code_version
+    assert str(root) not in json.dumps(kept)
+    assert load_model(root / trained.path) is not None
+    (round_,) = engine.store.rounds()
+    assert round_.config["stage"]["move_on_after_s"] == 30
+
+
+def test_two_workers_of_one_number_do_not_take_each_other_s_shards(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    held, done, names = context.Event(), context.Event(), context.SimpleQueue()
+    other = context.Process(target=hold_name, args=(tmp_path / "workers", names, held, done))
+    other.start()
+    held.wait()
+
+    with _own_name(tmp_path / "workers", 0) as name:
+        assert name != names.get()
+
+    done.set()
+    other.join()
+    with _own_name(tmp_path / "workers", 0) as again:
+        assert again != name
+
+
+def hold_name(folder: Path, names: Any, held: Any, done: Any) -> None:
+    with _own_name(folder, 0) as name:
+        names.put(name)
+        held.set()
+        done.wait(60)
 
 
 def test_a_backup_is_a_store(labelled: Engine, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data_engine.image_finding import find_images
 from data_engine.images import ImageGoneError, image_bytes, image_pixels, register
 from data_engine.mask_store.lineage import take_down
 from data_engine.mask_store.store import Store
+from data_engine.records import Image
 
 
 def picture(seed: int, *, size: tuple[int, int] = (24, 40), kind: str = "PNG") -> bytes:
@@ -210,3 +212,36 @@ def test_the_shards_of_a_real_set_register_once(store: Store, shared_data: Path)
     assert register(store, find_images([str(shard) for shard in shards])).num_new == 15
     assert register(store, find_images(str(shared_data / "fruits_nuts"))).num_known == 15
     assert {image.size for image in store.images()} == {(600, 800)}
+
+
+def test_two_who_register_images_of_one_name_at_once_both_succeed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scan.png").write_bytes(picture(seed))
+    asked = store.images_by_key
+
+    def asked_as_another_registers(keys: Sequence[str]) -> dict[str, Image]:
+        found = asked(keys)
+        monkeypatch.setattr(store, "images_by_key", asked)
+        register(store, find_images(str(tmp_path / "b")))
+        return found
+
+    monkeypatch.setattr(store, "images_by_key", asked_as_another_registers)
+
+    result = register(store, find_images(str(tmp_path / "a")))
+
+    assert result.num_new == 1
+    assert len({image.key for image in store.images()}) == 2
+
+
+def test_an_image_that_is_to_be_labelled_is_not_held_out_later(
+    store: Store, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    register(store, find_images(str(folder / "o*.png")))
+
+    register(store, find_images(str(folder / "o*.png")), held_out=1.0)
+
+    assert store.num_images(held_out=True) == 0
+    assert "one.png is not held out: it was registered to be labelled" in caplog.text

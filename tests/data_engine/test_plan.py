@@ -8,7 +8,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_engine import settings
-from data_engine.plan import HUMAN, read_steps
+from data_engine.plan import HUMAN, Step, read_steps
+from data_engine.plan_check import check_rounds, check_steps
+from data_engine.records import Round
 from sam_train import config
 
 
@@ -65,9 +67,58 @@ def test_what_a_step_does_not_say_is_as_the_plan_s_defaults_have_it() -> None:
         ([{}], "step 1: .*stage"),
         ([{"stage": "assisted", "num_image": 3}], "step 1: unknown num_image; a step has"),
         ([{"stage": "assisted", "num_images": 0}], "step 1: num_images is 1 or more"),
+        ([{"stage": "assisted", "num_images": "three"}], "step 1: num_images: expected int"),
+        (["assisted"], "step 1: a step is {stage: assisted, num_images: 100}, say; got assisted"),
+        ([{"stage": "assisted", "overrides": "seed=1"}], "step 1: overrides: expected array"),
+        ([{"stage": "semi_automatic"}], "step 1: the box detector .* none is before it"),
         ([{"stage": "automatic", "human_weight": 0}], "step 1: human_weight is above 0"),
     ],
 )
 def test_a_step_that_cannot_be_is_told_by_its_number(steps: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         read_steps({"steps": steps})
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"recipe": "nuclear"}, "step 1: .*nuclear"),
+        ({"overrides": ["trainer.max_step=1"]}, "step 1: trainer.max_step.*max_steps"),
+        ({"settings": {"que": "prominence"}}, "step 1: .*que"),
+        ({"settings": {"queue": "loudness"}}, "step 1: .*queue"),
+        ({"checkpoint": "no/such.pth"}, "step 1: checkpoint: there is no file no/such.pth"),
+    ],
+)
+def test_what_would_come_up_after_people_s_work_is_told_before(
+    step: dict[str, Any], message: str
+) -> None:
+    values = settings.resolved(settings.composed(["root=x", "checkpoint=y"]))
+
+    with pytest.raises(ValueError, match=message):
+        check_steps([Step(stage="assisted", **step)], values)
+
+
+def test_boxes_and_a_detector_s_recipe_are_looked_for(tmp_path: Any) -> None:
+    values = settings.resolved(settings.composed(["root=x", "checkpoint=y"]))
+    given = Step(stage="semi_automatic", detector_boxes="no.json", retrain=False)
+    trained = Step(stage="semi_automatic", detector_recipe="detective", retrain=False)
+
+    with pytest.raises(ValueError, match="detector_boxes: there is no file no.json"):
+        check_steps([given], values)
+    with pytest.raises(ValueError, match="detective"):
+        check_steps([trained], values)
+    (tmp_path / "retrain_mine.yaml").write_text("# @package _global_\ndefaults: [retrain]\n")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "retrain_mine.yaml").rename(tmp_path / "experiment" / "retrain_mine.yaml")
+    own = {**values, "config_dir": str(tmp_path)}
+    check_steps([Step(stage="assisted", recipe="retrain_mine")], own)
+
+
+def test_steps_that_were_begun_may_not_be_moved_or_taken_out() -> None:
+    rounds = [Round(number=1, stage="assisted", state="done", plan_step=0)]
+
+    check_rounds([Step(stage="assisted"), Step(stage="automatic")], rounds)
+    with pytest.raises(ValueError, match="step 1 is automatic now, and round 1 was begun as ass"):
+        check_rounds([Step(stage="automatic")], rounds)
+    with pytest.raises(ValueError, match="step 1 is gone"):
+        check_rounds([], rounds)

@@ -99,12 +99,23 @@ def test_a_worse_model_is_not_promoted_unless_told_so(
     assert stored is not None and stored.promoted == promoted
 
 
-def test_an_unknown_rule_of_promotion_is_refused(engine: Engine) -> None:
-    engine.settings = {**engine.settings, "promote": "perhaps"}
-    model = Model(id="a", path="a")
+def test_a_metric_that_nobody_measured_promotes_nothing(engine: Engine) -> None:
+    engine.settings = {**engine.settings, "promote_by": "mean_iou@7"}
+    model = Model(id="b", path="b", metrics={"mean_iou@1": 0.1})
 
-    with pytest.raises(ValueError, match="promote is one of better, always, never, got perhaps"):
-        judged(engine, model, model)
+    with pytest.raises(ValueError, match="promote_by=mean_iou@7 was not measured; there is mean_i"):
+        judged(engine, model, replace(model, id="a"))
+
+
+def test_a_training_that_changed_nothing_leaves_the_model_promoted(engine: Engine) -> None:
+    engine.settings = {**engine.settings, "promote": "never"}
+    model = Model(id="a", path="a", promoted=True)
+    engine.store.put_model(model)
+
+    assert judged(engine, replace(model, promoted=False), model).promoted
+
+    stored = engine.store.model("a")
+    assert stored is not None and stored.promoted
 
 
 @pytest.mark.slow

@@ -246,6 +246,20 @@ def test_of_a_submission_with_a_bad_mask_nothing_is_stored(
     assert taken(desk).version == found.version
 
 
+def test_a_project_s_classes_are_the_only_ones_and_are_not_asked_for(desk: Desk) -> None:
+    desk.add_tasks([task("t1"), task("t2", "b")])
+    desk.labels = ["cell", "debris"]
+    found = taken(desk)
+
+    with pytest.raises(ValueError, match="its label is 'cel'; this project has cell, debris"):
+        desk.submit(answer(found, masks=(DrawnMask(rle=square(), label="cel"),)), "anna")
+    assert desk.store.num_masks() == 0
+    masks = (DrawnMask(rle=square(), label="cell"), DrawnMask(rle=square()))
+    desk.submit(answer(found, masks=masks), "anna")
+
+    assert [mask.label for mask in desk.store.masks()] == ["cell", None]
+
+
 def test_an_event_of_a_mask_that_was_not_handed_in_is_refused(desk: Desk) -> None:
     desk.add_tasks([task("t")])
     events = (Event(kind="look", offset_s=0.0, mask_index=1),)

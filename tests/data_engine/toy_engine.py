@@ -44,6 +44,7 @@ SETTINGS = [
     "plan=nuclei_small",
     "preset=sam_tiny",
     "preset.points_per_side=3",
+    "preset.crop_n_layers=0",
     "preset.pred_iou_thresh=0.0",
     "preset.stability_score_thresh=0.0",
     "measure.clicks.max_masks=4",
@@ -110,6 +111,7 @@ def toy_settings(trainer: str, steps: str, max_steps: int = 1) -> list[str]:
         *SETTINGS,
         f"training._target_={trainer}",
         f"plan.steps={steps}",
-        f"plan.defaults.overrides=[{quoted}]",
-        f"plan.defaults.detector_overrides=[{quoted}]",
+        "plan.defaults.recipe=retrain",
+        f"++plan.defaults.overrides=[{quoted}]",
+        f"++plan.defaults.detector_overrides=[{quoted}]",
     ]

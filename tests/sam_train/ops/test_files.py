@@ -1,5 +1,8 @@
+import errno
+import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +32,27 @@ def test_a_file_is_replaced_whole_or_not_at_all(
 
     assert path.read_text() == "old"
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_a_full_disk_is_named_as_one_whatever_a_library_calls_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_a_library(_: Path) -> None:
+        raise RuntimeError("unexpected pos 569088 vs 568976")
+
+    def of_the_system(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "model.ckpt"
+    with pytest.raises(RuntimeError, match="unexpected pos"):
+        write_atomically(path, of_a_library)
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_atomically(path, of_the_system)
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=f"No space left on device: '{path}'"):
+        write_atomically(path, of_a_library)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:

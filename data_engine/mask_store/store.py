@@ -185,6 +185,13 @@ class Store:
             rows = connection.execute(query.group_by(state)).all()
             return {str(name): int(number) for name, number in rows}
 
+    def annotators(self, *, round: int | None = None) -> list[str]:
+        """Who did tasks, sorted."""
+        name = schema.tasks.c.annotator
+        query = _chosen(schema.tasks, round=round, state="done").with_only_columns(name)
+        with self.read() as connection:
+            return sorted(connection.scalars(query.distinct()))
+
     def masks(
         self,
         *,

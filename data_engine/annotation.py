@@ -16,7 +16,7 @@ from data_engine.plan import Step
 from data_engine.plan_check import stage_node
 from data_engine.records import Image, Round, Task
 from data_engine.round_parts import Outcome, Waiting
-from data_engine.simulated_annotator import SimulatedAnnotator, WorkDone
+from data_engine.simulated_annotator import FIRST_NAME, SimulatedAnnotator, WorkDone
 from data_engine.stages.assisted import AssistedStage
 from data_engine.stages.semi_automatic import (
     BoxSource,
@@ -67,7 +67,7 @@ def still_open(counts: Mapping[str, int]) -> int:
 
 
 def simulate(
-    engine: Engine, round_: Round, stage: str, names: Sequence[str] = ("simulated-0",)
+    engine: Engine, round_: Round, stage: str, names: Sequence[str] = (FIRST_NAME,)
 ) -> WorkDone:
     """Does the tasks of a stage as simulated annotators, one after the other.
 

@@ -16,11 +16,15 @@ class Standards:
         good_enough: accepts a mask from here on.
         acceptable: from here on hands a mask in when it stops trying; else gives the object up.
         wrong_below: strikes out a ready-made mask that is worse.
+        noticeable: a click is of use if it makes the mask better by more.
+        worse: a click that makes it worse than the best so far by more is undone.
     """
 
     good_enough: float = 0.90
     acceptable: float = 0.75
     wrong_below: float = 0.50
+    noticeable: float = 0.01
+    worse: float = 0.10
 
     def __post_init__(self) -> None:
         if not 0 < self.wrong_below <= self.acceptable <= self.good_enough <= 1:
@@ -28,6 +32,8 @@ class Standards:
                 "expected 0 < wrong_below <= acceptable <= good_enough <= 1, got "
                 f"{self.wrong_below}, {self.acceptable}, {self.good_enough}"
             )
+        if self.noticeable < 0 or self.worse < 0:
+            raise ValueError("noticeable and worse are 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

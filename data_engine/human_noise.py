@@ -39,11 +39,14 @@ class Hand:
         box_noise: that of a box's sides, as a fraction of its size.
         boundary_noise: that of a painted boundary, as a fraction of twice area over perimeter (a disc's
             radius), so that people agree on small objects as well as on large ones: they enlarge them.
+        narrow: parts of an error that are narrower than twice this, as a fraction of the object's radius, are
+            not painted.
     """
 
     click_noise_px: float = 2.0
     box_noise: float = 0.05
     boundary_noise: float = 0.07
+    narrow: float = 0.1
 
     def click(
         self, x: float, y: float, region: np.ndarray, scale: float, generator: np.random.Generator

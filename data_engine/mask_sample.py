@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from data_engine import mask_shapes
 from data_engine.automatic_shards import AutomaticImage, automatic_shards, sample_images
 from data_engine.images import image_pixels
 from data_engine.mask_store.store import Store
+from data_engine.mask_store.work import labelled_images
 from data_engine.records import Mask, Rle, Round
 from sam_train.data.source import sample_seed
 from sam_train.structures import Annotation
@@ -82,13 +83,11 @@ def sampled_images(
         shards = [own for own in automatic_shards(store, root, round_.number) if own.is_there]
         found = sample_images(store, shards, num_images, seed=seed, with_masks=False)
         return [of_automatic(own) for own in found]
-    done = store.tasks(round=round_.number, stage=round_.stage, state="done")
+    done = labelled_images(store, round_.number, round_.stage)
     image_ids = heapq.nsmallest(
-        num_images,
-        {task.image_id for task in done},
-        key=lambda name: (sample_seed(seed, 0, name), name),
+        num_images, done, key=lambda name: (sample_seed(seed, 0, name), name)
     )
-    return list(_of_people(store, round_, image_ids))
+    return list(_of_people(store, {image_id: done[image_id] for image_id in image_ids}))
 
 
 def of_automatic(found: AutomaticImage) -> SampledImage:
@@ -101,12 +100,11 @@ def _automatic_mask(own: Annotation) -> SampledMask:
     return SampledMask(own.rle, own.area, own.predicted_iou)
 
 
-def _of_people(store: Store, round_: Round, image_ids: Sequence[str]) -> Iterator[SampledImage]:
-    images = store.images_by_id(image_ids)
-    for image_id in image_ids:
-        image = images[image_id]
-        masks = store.masks(round=round_.number, source=round_.stage, image_id=image_id)
-        own = [_hand_made(mask) for mask in masks]
+def _of_people(store: Store, tasks: Mapping[str, str]) -> Iterator[SampledImage]:
+    """The images of these tasks (their ids by image), those that were taken down meanwhile left out."""
+    images = store.images_by_id(list(tasks))
+    for image in (images[image_id] for image_id in tasks if image_id in images):
+        own = [_hand_made(mask) for mask in store.masks(task_id=tasks[image.id])]
         yield SampledImage(image.id, image.key, image.size, own, partial(image_pixels, image))
 
 

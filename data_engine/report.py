@@ -85,6 +85,10 @@ def write_report(
             folder / FIGURES, report, images[: settings.num_images], shown, pixels
         ),
     ]
+    for path in {*(folder / FIGURES).glob("*.png")} - {
+        folder / FIGURES / own.file for own in figures
+    }:
+        path.unlink()  # of an older report: it may show an image that was taken down since
     page = build_page(report, figures)
     write_atomically(folder / "report.md", as_markdown(page, FIGURES))
     write_atomically(folder / "report.html", as_html(page, folder / FIGURES))

@@ -55,6 +55,24 @@ class Report:
         return is_simulated(self.annotators)
 
     @property
+    def is_audit_simulated(self) -> bool:
+        """Whether any of those who looked at its masks again was."""
+        return self.audit is not None and is_simulated(self.audit.annotators)
+
+    @property
+    def is_agreement_simulated(self) -> bool:
+        """Whether any of those who were compared was."""
+        return any(is_simulated(own.annotators) for own in self.agreements)
+
+    @property
+    def are_models_simulated(self) -> bool:
+        """Whether any of the models has learnt from masks of a simulated annotator."""
+        first = min((own.round.number for own in self.rounds if own.is_simulated), default=None)
+        return first is not None and any(
+            own.round is not None and own.round >= first for own in self.models
+        )
+
+    @property
     def share_automatic_so_far(self) -> float | None:
         """Of the masks of all rounds, the share that nobody drew or changed."""
         num_masks = sum(own.num_masks for own in self.rounds)
@@ -68,6 +86,7 @@ def as_json(report: Report) -> dict[str, Any]:
         **_row(now),
         "share_automatic_so_far": report.share_automatic_so_far,
         "simulated": report.is_simulated,
+        "models_simulated": report.are_models_simulated,
         "annotators": list(report.annotators),
         "work": None if now.work is None else _work(now.work),
         "shapes": {
@@ -100,6 +119,7 @@ def _row(own: RoundNumbers) -> dict[str, Any]:
         "stage": own.round.stage,
         "state": own.round.state,
         "model": own.round.model_id,
+        "simulated": own.is_simulated,
         "images": own.num_images,
         "masks": own.num_masks,
         "masks_per_image": own.masks_per_image,
@@ -127,7 +147,8 @@ def _work(work: Work) -> dict[str, Any]:
 
 
 def _without_ious(own: AuditResult | Agreement) -> dict[str, Any]:
-    return {name: value for name, value in own._asdict().items() if name != "ious"}
+    told = {name: value for name, value in own._asdict().items() if name != "ious"}
+    return told | {"simulated": is_simulated(own.annotators)}
 
 
 def quantiles(values: np.ndarray) -> dict[str, float] | None:

@@ -14,7 +14,7 @@ from data_engine.agreement import SAME_OBJECT_IOU
 from data_engine.audit import IOU_BOUNDS, PAPER_SHARES
 from data_engine.records import Model
 from data_engine.report_content import Report
-from data_engine.report_page import Drawn, Section
+from data_engine.report_page import Drawn, Section, titled
 from data_engine.round_numbers import RoundNumbers
 from sam_train.ops.drawing import new_figure
 from sam_train.ops.files import write_atomically
@@ -53,11 +53,11 @@ def draw(report: Report, folder: Path) -> list[Drawn]:
     for plot in _plots(report):
         figure, axes = new_figure(1, 1, panel_in=PLOT_IN)
         plot.draw(axes[0, 0])
-        said = f"{plot.title}\n(simulated annotator)" if plot.is_simulated else plot.title
-        axes[0, 0].set_title(said, fontsize="medium")
+        title = titled(plot.title, plot.is_simulated)
+        axes[0, 0].set_title(title.replace(" (", "\n("), fontsize="medium")
         file = f"{plot.name}.png"
         write_atomically(folder / file, partial(figure.savefig, format="png", dpi=DPI))
-        drawn.append(Drawn(plot.section, file, plot.title, plot.caption))
+        drawn.append(Drawn(plot.section, file, title, plot.caption))
     return drawn
 
 
@@ -79,6 +79,8 @@ def _plots(report: Report) -> Iterator[Plot]:
 def _of_rounds(report: Report) -> Iterator[Plot]:
     rounds, simulated = report.rounds, report.is_simulated
     people = [own for own in rounds if own.seconds_per_mask is not None]
+    if not any(own.num_masks for own in rounds):
+        return
     yield Plot(
         "rounds",
         "masks_per_image",
@@ -197,7 +199,7 @@ def _of_work(report: Report) -> Iterator[Plot]:
 def _of_masks(report: Report) -> Iterator[Plot]:
     shapes, simulated = report.shapes, report.now.is_simulated
     columns = (
-        ("per_image", "masks per image", "masks per image", "images", shapes.masks_per_image, ""),
+        ("per_image", "masks on an image", "masks", "images", shapes.masks_per_image, ""),
         (
             "sizes",
             "relative mask size",
@@ -246,7 +248,8 @@ def _histogram(
     axes.hist(values, bins=bins, color=BLUE, edgecolor="white", linewidth=0.5)
     median = float(np.median(values))
     axes.axvline(median, color=ORANGE, linewidth=1.5, label=f"median {median:.3g}")
-    axes.set(xlabel=label, ylabel=what)
+    # Room for the legend above the bars.
+    axes.set(xlabel=label, ylabel=what, ylim=_from_zero(axes.dataLim.ymax))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     if is_whole:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -284,7 +287,7 @@ def _of_audit(report: Report) -> Iterator[Plot]:
             "audit",
             "audit: masks before and after",
             partial(_audit, ious=own.ious),
-            report.is_simulated,
+            report.is_audit_simulated,
             "How many pairs have an IoU greater than the value below.",
         )
     if ious := [own.ious for own in report.agreements if len(own.ious)]:
@@ -299,7 +302,7 @@ def _of_audit(report: Report) -> Iterator[Plot]:
                 label="IoU of objects that both drew",
                 what="objects",
             ),
-            report.is_simulated,
+            report.is_agreement_simulated,
         )
 
 
@@ -315,7 +318,7 @@ def _audit(axes: Any, ious: np.ndarray) -> None:
 
 
 def _of_quality(report: Report) -> Iterator[Plot]:
-    simulated = report.is_simulated
+    simulated = report.are_models_simulated
     clicks = {
         f"{CLICKS}{number}": f"{number} click{'s' * (number > 1)}" for number in SHOWN_CLICKS
     } | {"box_mean_iou": "box"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -19,12 +20,13 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bot
 .warns { background: #fff3cd; border-left: 4px solid #d39e00; padding: .6rem .8rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid #e3e3e3; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
-th { font-weight: 600; }
+th { font-weight: 600; vertical-align: bottom; white-space: normal; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem; }
 figure { margin: 0 0 1rem; } figcaption { color: #555; font-size: .9rem; }
 img { max-width: 100%; height: auto; display: block; } .wide img { min-width: 34rem; }
+@media (max-width: 40rem) { td { white-space: normal; } }
 pre { overflow-x: auto; background: #f6f6f6; padding: .8rem; font-size: .8rem; }
 """.strip()
 
@@ -72,11 +74,16 @@ def _block(block: Block, figures: Path) -> str:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)]
+    lines = ["".join(f"<th>{_breakable(cell)}</th>" for cell in head)]
     lines += ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
     return (
         '<div class="wide"><table>' + "".join(f"<tr>{own}</tr>" for own in lines) + "</table></div>"
     )
+
+
+def _breakable(name: str) -> str:
+    """A metric's name may be broken after its words: else a table of models is wider than the page."""
+    return re.sub("([_@])", r"\1<wbr>", escape(name))
 
 
 def _figure(own: Drawn, figures: Path) -> str:

@@ -19,6 +19,10 @@ SIMULATED_NOTE = (
 )
 
 
+NOTHING = "There is nothing to show yet."
+MAX_NAMES = 8
+
+
 class Heading(NamedTuple):
     """A section's title."""
 
@@ -85,6 +89,11 @@ class Page(NamedTuple):
     blocks: Sequence[Block]
 
 
+def titled(title: str, is_simulated: bool) -> str:
+    """A figure's title, which says whose work it shows."""
+    return f"{title} (simulated annotator)" if is_simulated else title
+
+
 def build_page(report: Report, figures: Sequence[Drawn]) -> Page:
     """Puts a report into words, with its figures where they belong."""
     title = f"Round {report.now.round.number}: {_stage(report.now)}"
@@ -108,7 +117,8 @@ def _blocks(report: Report, figures: Sequence[Drawn]) -> Iterator[Block]:
         yield from _work(now)
         yield from of("work")
     yield Heading("Masks")
-    yield Text(f"Measured on {counted(len(report.shapes.coverages), 'image')}, drawn at random.")
+    num = len(report.shapes.coverages)
+    yield Text(f"Measured on {counted(num, 'image')}, drawn at random." if num else NOTHING)
     yield from of("masks")
     if now.rejects:
         yield Heading("Rejects per filter")
@@ -121,14 +131,15 @@ def _blocks(report: Report, figures: Sequence[Drawn]) -> Iterator[Block]:
     yield from _models(report)
     yield from of("quality")
     yield Heading("Pictures")
-    yield from of("pictures")
+    yield from list(of("pictures")) or [Text(NOTHING)]
     yield Folded("Configuration of the round", json.dumps(dict(now.round.config), indent=1))
 
 
 def _warnings(report: Report) -> Iterator[Text]:
     now = report.now
     if report.is_simulated:
-        names = ", ".join(report.annotators)
+        more = len(report.annotators) - MAX_NAMES
+        names = ", ".join(report.annotators[:MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
         yield Text(f"{SIMULATED_NOTE} Annotators: {names}.", warns=True)
     if now.round.state not in FINISHED:
         yield Text(
@@ -137,8 +148,8 @@ def _warnings(report: Report) -> Iterator[Text]:
     if now.missing:
         shown = ", ".join(now.missing[:5]) + (", ..." if len(now.missing) > 5 else "")
         yield Text(
-            f"{counted(len(now.missing), 'automatic shard')} cannot be read, and what was rejected for "
-            f"them is not counted: {shown}",
+            f"{counted(len(now.missing), 'automatic shard')} cannot be read here with what was rejected "
+            f"for it, which is not counted: {shown}",
             warns=True,
         )
 
@@ -209,7 +220,7 @@ def _audit(report: Report) -> Iterator[Block]:
     if (own := report.audit) is None:
         yield Text("Nobody has looked at these masks again yet: data-engine audit hands them out.")
     else:
-        said = " simulated" if report.is_simulated else ""
+        said = " simulated" if report.is_audit_simulated else ""
         yield Text(
             f"{counted(own.num_masks, 'mask')} on {counted(own.num_images, 'image')}, drawn at random, "
             f"were looked at again by{said} annotators: {whole(own.num_untouched)} were left as they "
@@ -260,13 +271,13 @@ def _models(report: Report) -> Iterator[Block]:
         yield Text("No model was measured on held-out images yet.")
         return
     yield Table(
-        ("model", "trained after", "", *shown),
+        ("trained after", *shown, "model"),
         [
             (
-                own.id[:12],
-                "the start" if own.round is None else f"round {own.round}",
-                "promoted" if own.promoted else "not promoted",
+                ("the start" if own.round is None else f"round {own.round}")
+                + ("" if own.promoted else ", not promoted"),
                 *(_metric(own.metrics.get(name)) for name in shown),
+                own.id[:12],
             )
             for own in report.models
         ],
@@ -274,7 +285,7 @@ def _models(report: Report) -> Iterator[Block]:
 
 
 QUALITY = (
-    *(f"mean_iou@{clicks}" for clicks in (1, 2, 3, 5, 9)),
+    *(f"mean_iou@{clicks}" for clicks in (1, 3, 5, 9)),
     "box_mean_iou",
     *(f"average_recall@{proposals}" for proposals in (10, 100, 1000)),
 )

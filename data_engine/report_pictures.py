@@ -13,7 +13,7 @@ from PIL import Image
 from data_engine.examples import Example, Examples
 from data_engine.mask_sample import SampledImage
 from data_engine.report_content import Report
-from data_engine.report_page import Drawn, counted
+from data_engine.report_page import Drawn, counted, titled
 from sam_train.inference.overlays import draw_annotations
 from sam_train.ops import drawing, rle
 from sam_train.ops.files import write_atomically
@@ -56,8 +56,12 @@ def draw(
     ):
         close_ups = [_close_up(own, pixels.get(own.image_id), reader, is_audited) for own in chosen]
         sheets.append((name, which, LEGEND if is_audited else "", close_ups))
-    simulated = report.is_simulated if is_audited else report.now.is_simulated
-    return [own for sheet in sheets if (own := _sheet(folder, *sheet, simulated)) is not None]
+    simulated = report.is_audit_simulated if is_audited else report.now.is_simulated
+    drawn = [
+        _sheet(folder, *sheet, report.now.is_simulated if sheet[0] == "images" else simulated)
+        for sheet in sheets
+    ]
+    return [own for own in drawn if own is not None]
 
 
 def _sheet(
@@ -72,8 +76,8 @@ def _sheet(
     if not there:
         return None
     sheet = drawing.tiled(there, min(COLUMNS, len(there)))
-    said = f"{title} (simulated annotator)" if is_simulated else title
-    picture = drawing.captioned(sheet, said, strip_px=26)
+    title = titled(title, is_simulated)
+    picture = drawing.captioned(sheet, title, strip_px=26)
     file = f"{name}.png"
     write_atomically(folder / file, lambda path: Image.fromarray(picture).save(path, "PNG"))
     if gone := len(pictures) - len(there):
@@ -111,7 +115,7 @@ def _whole(own: SampledImage, reader: _Reader) -> np.ndarray | None:
     ]
     drawn = draw_annotations(image, annotations, longest_px=IMAGE_PX)
     return drawing.captioned(
-        _padded(drawn, IMAGE_PX), f"{_short(own.key)}: {counted(len(own.masks), 'mask')}"
+        _widened(drawn, IMAGE_PX), f"{_short(own.key)}: {counted(len(own.masks), 'mask')}"
     )
 
 
@@ -137,6 +141,12 @@ def _close_up(
     else:
         drawn = drawing.overlay_masks(shown, cut, colors=[drawing.BLUE], opacity=0.3, outline_px=2)
     return drawing.captioned(_padded(drawn, CLOSE_UP_PX), own.caption)
+
+
+def _widened(image: np.ndarray, width_px: int) -> np.ndarray:
+    """With white on its right, so that what is said of it has room above it."""
+    more = max(0, width_px - image.shape[1])
+    return cv2.copyMakeBorder(image, 0, 0, 0, more, cv2.BORDER_CONSTANT, value=(255, 255, 255))
 
 
 def _padded(image: np.ndarray, side_px: int) -> np.ndarray:

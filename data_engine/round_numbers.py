@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from data_engine.automatic_shards import automatic_shards
 from data_engine.mask_store.store import Store
-from data_engine.records import Mask, Round, Task
+from data_engine.mask_store.work import MadeMask, done_tasks
+from data_engine.records import Round
 
 AUTOMATIC = "automatic"
 SIMULATED = "simulated"
@@ -138,50 +139,45 @@ def _automatic(store: Store, root: Path, round_: Round) -> RoundNumbers:
 
 
 def _of_people(store: Store, round_: Round) -> RoundNumbers:
-    tasks = store.tasks(round=round_.number, stage=round_.stage)
-    done = {task.id: task for task in tasks if task.state == "done"}
-    shown = {task.id: _shown(task) for task in done.values()}
     made: Counter[str] = Counter()
-    seconds, clicks, returned = [], [], set()
-    for mask in store.masks(round=round_.number, source=round_.stage):
-        kind = _kind(mask, shown.get(mask.task_id, {}))
-        made[kind] += 1
-        returned.add((mask.task_id, mask.corrects))
-        if kind != "passed":
-            seconds.append(mask.seconds)
-            clicks.append(mask.num_clicks)
-    submissions = [own for own in store.submissions(round=round_.number) if own.task_id in done]
-    struck_out = {(task_id, name) for task_id, own in shown.items() for name in own} - returned
+    events: Counter[str] = Counter()
+    annotators, mask_seconds, clicks, image_seconds = set(), array("d"), array("d"), array("d")
+    for task in done_tasks(store, round_.number, round_.stage):
+        annotators.add(task.annotator)
+        image_seconds.append(task.seconds)
+        events.update(task.events)
+        made["struck out"] += len(task.shown.keys() - {own.corrects for own in task.masks})
+        for mask in task.masks:
+            kind = _kind(mask, task.shown)
+            made[kind] += 1
+            if kind != "passed":
+                mask_seconds.append(mask.seconds)
+                clicks.append(mask.num_clicks)
+    waiting = store.count_tasks(round=round_.number, stage=round_.stage)
     work = Work(
-        num_done=len(done),
-        num_open=sum(task.state in ("open", "leased") for task in tasks),
+        num_done=len(image_seconds),
+        num_open=waiting.get("open", 0) + waiting.get("leased", 0),
         num_drawn=made["drawn"],
         num_corrected=made["corrected"],
         num_passed=made["passed"],
-        num_struck_out=len(struck_out),
-        mask_seconds=np.array(seconds, float),
-        mask_clicks=np.array(clicks, float),
-        image_seconds=np.array([own.seconds for own in submissions], float),
-        events=dict(Counter(event.kind for own in submissions for event in own.events)),
-        annotators=tuple(sorted({own.annotator for own in submissions})),
+        num_struck_out=made["struck out"],
+        mask_seconds=np.array(mask_seconds),
+        mask_clicks=np.array(clicks),
+        image_seconds=np.array(image_seconds),
+        events=dict(events),
+        annotators=tuple(sorted(annotators)),
     )
     return RoundNumbers(
         round=round_,
-        num_images=len(done),
-        num_masks=made.total(),
-        num_ready_made=made["passed"],
+        num_images=work.num_done,
+        num_masks=work.num_drawn + work.num_corrected + work.num_passed,
+        num_ready_made=work.num_passed,
         work=work,
         rejects={},
     )
 
 
-def _shown(task: Task) -> dict[str, Any]:
-    """The RLEs of a task's ready-made masks, by their ids."""
-    return {own["id"]: own["rle"] for own in task.payload.get("masks", ())}
-
-
-def _kind(mask: Mask, shown: Mapping[str, Any]) -> str:
+def _kind(mask: MadeMask, shown: Mapping[str, str]) -> str:
     if mask.corrects is None:
         return "drawn"
-    before = shown.get(mask.corrects)
-    return "passed" if before and before["counts"] == mask.rle["counts"] else "corrected"
+    return "passed" if shown.get(mask.corrects) == mask.counts else "corrected"

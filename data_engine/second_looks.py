@@ -8,11 +8,11 @@ from data_engine.audited_source import tune_thresholds
 from data_engine.engine import Engine
 from data_engine.records import Round
 from data_engine.report import write_report
+from data_engine.round_numbers import is_simulated
+from data_engine.simulated_annotator import FIRST_NAME
 from sam_train import cli_common, config
 from sam_train.checkpoints.load import load_model
 from sam_train.evaluation.threshold_tuning import Tuned
-
-FIRST = "simulated-0"
 
 
 def run_audit(engine: Engine) -> str:
@@ -26,7 +26,9 @@ def run_audit(engine: Engine) -> str:
     assert isinstance(audit, Audit)
     engine.desk.add_tasks(audit_tasks(engine.store, engine.root, round_.number, audit))
     if engine.settings.get("annotator") is not None:
-        simulate(engine, round_, STAGE, list(dict.fromkeys([*(audit.pair or ()), FIRST])))
+        # Of a pair of people the tasks are theirs, and wait for them.
+        pair = [name for name in audit.pair or () if is_simulated((name,))]
+        simulate(engine, round_, STAGE, list(dict.fromkeys([*pair, FIRST_NAME])))
     collect_reviews(engine.store, round_.number)
     tasks = engine.store.tasks(round=round_.number, stage=STAGE)
     waiting = sum(task.state in ("open", "leased") for task in tasks)
@@ -67,7 +69,7 @@ def automatic_round(engine: Engine) -> Round:
 
 
 def _said(result: AuditResult) -> str:
-    who = "simulated: " if all(one.startswith("simulated") for one in result.annotators) else ""
+    who = "simulated: " if is_simulated(result.annotators) else ""
     return (
         f"{who}{result.num_masks} masks of {result.num_images} images, mean IoU {result.mean_iou:.3f}, "
         f"{result.share_over_90:.1%} over 0.90, {result.share_over_75:.1%} over 0.75"

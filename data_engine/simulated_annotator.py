@@ -149,8 +149,9 @@ class SimulatedAnnotator:
             generator_of(self._settings.seed, task.id),
             task.payload.get("move_on_after_s", patience_s),
         )
-        work.look_over()
-        if task.stage != "audit" or not shown:  # who audits judges what is there
+        is_second_look = task.stage == "audit" and bool(shown)
+        work.look_over(to_the_end=is_second_look)
+        if not is_second_look:  # who audits judges what is there
             work.label_missing()
         return session.submission(f"{task.id}-v{task.version}", task), work.seen
 

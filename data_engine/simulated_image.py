@@ -19,13 +19,6 @@ from sam_train.ops import rle
 from sam_train.prompts.points import center_click
 from sam_train.structures import FOREGROUND
 
-NOTICEABLE = 0.01
-"""A change of IoU that a click must make to count as of use."""
-WORSE = 0.1
-"""A fall of IoU after which a click is undone."""
-BRUSH = 0.1
-"""Errors narrower than this, as a fraction of the object's radius, are left by whoever paints."""
-
 
 @dataclass
 class Seen:
@@ -74,12 +67,17 @@ class ImageWork:
         self._clicked: list[tuple[float, float]] = []
         clock.spend(self._time.open_image_s)
 
-    def look_over(self) -> None:
-        """Passes, mends or strikes out each ready-made mask."""
+    def look_over(self, *, to_the_end: bool = False) -> None:
+        """Passes, mends or strikes out each ready-made mask.
+
+        Args:
+            to_the_end: also those for which there is no time left: an audit takes for struck out what does
+                not come back.
+        """
         shown = dict(self._session.shown)
         nearest = self._nearest([one["rle"] for one in shown.values()])
         for shown_id, place in zip(shown, nearest, strict=True):
-            if self._is_over():
+            if self._is_over() and not to_the_end:
                 return  # what was not looked at is not handed in
             self._clock.spend(self._time.look_s)
             is_double = place is None or self._is_done[place]
@@ -150,22 +148,24 @@ class ImageWork:
 
     def _refine(self, gt_mask: np.ndarray, before: float = 0.0) -> None:
         """Clicks until the mask is good enough, then accepts it; paints where clicks are of no use."""
-        patience, best, num_useless = self._settings.patience, before, 0
-        seen = self._look(gt_mask)
+        patience, standards = self._settings.patience, self._settings.standards
+        best, num_useless = before, 0
+        last, seen = before, self._look(gt_mask)
         while True:
-            if seen < best - WORSE and self._session.undo():
+            if seen < best - standards.worse:
                 self._clock.spend(self._time.key_s)
-                seen = best
-            if seen >= self._settings.standards.good_enough or self._is_late():
+                self._session.undo()
+                seen = last  # which is not the best one where two clicks in a row made it worse
+            if seen >= standards.good_enough or self._is_late():
                 break
-            num_useless = 0 if seen > best + NOTICEABLE else num_useless + 1
+            num_useless = 0 if seen > best + standards.noticeable else num_useless + 1
             best = max(best, seen)
             if len(self._clicked) >= patience.max_clicks or num_useless >= patience.useless_clicks:
-                self._paint(gt_mask)
-                seen = self._look(gt_mask)
+                if self._paint(gt_mask):
+                    seen = self._look(gt_mask)
                 break
             self._click(gt_mask)
-            seen = self._look(gt_mask)
+            last, seen = seen, self._look(gt_mask)
         self._stop(seen)
 
     def _stop(self, seen: float) -> None:
@@ -209,26 +209,33 @@ class ImageWork:
         self._clicked.append((x, y))
         self._session.click(x, y, label)
 
-    def _paint(self, gt_mask: np.ndarray) -> None:
-        """Paints what is missing and erases what is too much, the largest parts first, while there is time."""
+    def _paint(self, gt_mask: np.ndarray) -> bool:
+        """Paints what is missing and erases what is too much, the largest parts first, while there is time.
+
+        Returns:
+            Whether there was anything to paint, and time for it.
+        """
+        is_painted = False
         target = self._settings.hand.outline(gt_mask, self._generator)
         box = cv2.boundingRect(gt_mask.view(np.uint8))
         for is_brush in (True, False, True):
             mask = self._session.mask
             mask = np.zeros_like(target) if mask is None else mask
             wrong = target & ~mask if is_brush else mask & ~target
-            for outline in _outlines(wrong, target):
+            for outline in _outlines(wrong, target, self._settings.hand.narrow):
                 seconds = self._time.painting_s(
                     cv2.arcLength(outline, True),
                     object_px=max(box[2:]),
                     screen_scale=self._scale,
                 )
                 if self._is_late(seconds):
-                    return
+                    return is_painted
                 self._clock.spend(seconds)
                 points = [(float(x), float(y)) for x, y in outline[:, 0]]
                 stroke = self._session.paint if is_brush else self._session.erase
                 stroke(points, 0, fill=True)
+                is_painted = True
+        return is_painted
 
     def _is_late(self, more_s: float = 0.0) -> bool:
         """Whether the time for one mask is over, or would be after some more seconds."""
@@ -238,10 +245,10 @@ class ImageWork:
         return self._clock() >= self._settings.patience.max_image_s
 
 
-def _outlines(wrong: np.ndarray, target: np.ndarray) -> list[np.ndarray]:
+def _outlines(wrong: np.ndarray, target: np.ndarray, narrow: float) -> list[np.ndarray]:
     """The outlines (N, 1, 2) of the parts of an error that are wide enough to bother, the largest first."""
     radius = np.sqrt(np.count_nonzero(target) / np.pi)
-    side = 2 * max(1, round(BRUSH * radius)) + 1
+    side = 2 * max(1, round(narrow * radius)) + 1
     brush = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side))
     wide = cv2.morphologyEx(wrong.view(np.uint8), cv2.MORPH_OPEN, brush)
     outlines, _ = cv2.findContours(wide, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)

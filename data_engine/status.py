@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from data_engine.annotation import still_open
 from data_engine.engine import Engine
 from data_engine.records import Model, Round
+from data_engine.round_numbers import is_simulated
 
 DONE = "done"
 SHOWN = ("mean_iou@1", "mean_iou@3", "box_mean_iou", "average_recall@100")
@@ -17,7 +18,8 @@ def describe(engine: Engine) -> str:
     store = engine.store
     lines = [
         f"{engine.root}: {store.num_images(held_out=False)} images, "
-        f"{store.num_images(held_out=True)} held out, {store.num_masks()} masks of people, "
+        f"{store.num_images(held_out=True)} held out, {store.num_masks()} masks of "
+        f"{_workers(store.annotators())}, "
         f"{sum(one.num_masks for one in store.shards(source='automatic'))} automatic"
     ]
     lines += [summary(engine, one) for one in store.rounds()]
@@ -30,7 +32,9 @@ def summary(engine: Engine, round_: Round) -> str:
     parts = [f"round {round_.number} {round_.stage}: {round_.state}"]
     if round_.stage != "automatic":
         counts = engine.store.count_tasks(round=round_.number)
-        parts.append(f"tasks {_listed(counts) or 'not made yet'}")
+        by = engine.store.annotators(round=round_.number)
+        who = f", by {_workers(by)}" if is_simulated(tuple(by)) else ""
+        parts.append(f"tasks {_listed(counts) or 'not made yet'}{who}")
     if "masks" in round_.config:
         parts.append(f"{round_.config['masks']} masks on {round_.config['images']} images")
     parts += [describe_model(one) for one in engine.models() if one.round == round_.number]
@@ -61,6 +65,14 @@ def describe_model(model: Model) -> str:
     metrics = [f"{name} {model.metrics[name]:.3f}" for name in SHOWN if name in model.metrics]
     promoted = "" if model.promoted else " (not promoted)"
     return f"model {model.id[:12]}{promoted} {', '.join(metrics)}".rstrip()
+
+
+def _workers(names: Sequence[str]) -> str:
+    """What these annotators are, in one word or two: figures of simulated ones are not those of people."""
+    simulated = [is_simulated((name,)) for name in names]
+    if not any(simulated):
+        return "people"
+    return "simulated annotators" if all(simulated) else "people and simulated annotators"
 
 
 def _listed(counts: Mapping[str, int]) -> str:

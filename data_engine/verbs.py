@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,13 +23,13 @@ def init(call: Call) -> None:
     """a new engine: root=DIR images=PATH checkpoint=MODEL plan=NAME"""
     from data_engine.founding import found
 
-    engine = found(call.overrides, call.config_dir)
-    store = engine.store
-    print(
-        f"{engine.root}: {store.num_images(held_out=False)} images to label, "
-        f"{store.num_images(held_out=True)} held out, {len(engine.steps)} steps. "
-        f"data-engine round root={engine.root} runs the first"
-    )
+    with closing(found(call.overrides, call.config_dir)) as engine:
+        store = engine.store
+        print(
+            f"{engine.root}: {store.num_images(held_out=False)} images to label, "
+            f"{store.num_images(held_out=True)} held out, {len(engine.steps)} steps. "
+            f"data-engine round root={engine.root} runs the first"
+        )
 
 
 def register(call: Call) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sqlite3
@@ -102,7 +103,7 @@ def _sqlite(path: Path, create: bool, busy_timeout_s: float) -> Engine:
         if not path.exists() and not create:
             raise StoreError(f"{path}: there is no store; make one with `data-engine init`")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.open("ab").close()
+        _make_or_check(path)
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -124,6 +125,8 @@ def _sqlite(path: Path, create: bool, busy_timeout_s: float) -> Engine:
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
+    log_path = Path(f"{path}-wal")
+
     url = URL.create("sqlite", database=str(path))
     engine = create_engine(url, creator=connect, max_overflow=-1, json_serializer=_plain_json)
 
@@ -136,8 +139,29 @@ def _sqlite(path: Path, create: bool, busy_timeout_s: float) -> Engine:
             )
         is_write = connection.get_execution_options().get("write")
         connection.exec_driver_sql("BEGIN IMMEDIATE" if is_write else "BEGIN")
+        connection.exec_driver_sql("SELECT 1 FROM sqlite_master")  # opens the log, if it was not
+        # SQLite likewise goes on writing to a log that was removed, and all of it is lost with the process.
+        found = _identity(log_path)
+        if connection.info.setdefault("log", found) not in (None, found):
+            raise StoreError(
+                f"{log_path} is gone or was replaced while it was in use (a file system whose locks do not "
+                "hold, or somebody deleted it): nothing more is written; start again"
+            )
 
     return engine
+
+
+def _make_or_check(path: Path) -> None:
+    """Makes an empty file where there is none, or sees whether it may be written.
+
+    A file that is there is not opened: closing it again would let go of all locks that this process's
+    other connections hold on it (POSIX), and another process might then remove the log they write to.
+    """
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES)) from None
 
 
 def _plain_json(value: Any) -> str:

@@ -176,13 +176,21 @@ class Store:
         query = _chosen(schema.tasks, round=round, stage=stage, state=state, image_id=image_id)
         return list(self._stream(Task, query.order_by("id")))
 
-    def count_tasks(self, *, round: int | None = None) -> dict[str, int]:
+    def count_tasks(self, *, round: int | None = None, stage: str | None = None) -> dict[str, int]:
         """How many tasks there are of each state that occurs."""
         state = schema.tasks.c.state
-        query = _chosen(schema.tasks, round=round).with_only_columns(state, func.count())
+        chosen = _chosen(schema.tasks, round=round, stage=stage)
+        query = chosen.with_only_columns(state, func.count())
         with self.read() as connection:
             rows = connection.execute(query.group_by(state)).all()
             return {str(name): int(number) for name, number in rows}
+
+    def annotators(self, *, round: int | None = None) -> list[str]:
+        """Who did tasks, sorted."""
+        name = schema.tasks.c.annotator
+        query = _chosen(schema.tasks, round=round, state="done").with_only_columns(name)
+        with self.read() as connection:
+            return sorted(connection.scalars(query.distinct()))
 
     def masks(
         self,

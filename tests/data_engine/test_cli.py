@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 import shutil
 import sqlite3
 import sys
@@ -559,12 +560,24 @@ def keys_at(source: ShardSource) -> set[str]:
     return {record.key for record in found}
 
 
+def test_the_status_says_that_annotators_are_simulated(
+    labelled: Engine, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("status", f"root={labelled.root}") == 0
+
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ masks of simulated annotators", said)
+    assert re.search(r"round 1 assisted: done; tasks \d+ done, by simulated annotators", said)
+
+
 def test_an_audit_by_the_simulated_annotator_says_how_good_the_masks_are(
     labelled: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call("audit", f"root={labelled.root}", *toy_engine.ANNOTATOR) == 0
+    pair = "audit.pair=[anna,simulated-7]", "audit.num_pair_images=1"
+    assert call("audit", f"root={labelled.root}", *toy_engine.ANNOTATOR, *pair) == 0
 
     said = capsys.readouterr().out
     assert "round 2: simulated: " in said and "over 0.90" in said
+    assert "; 1 of " in said, "anna's task is hers: it waits, and nothing is refused"
     masks = sum(shard.num_masks for shard in labelled.store.shards(source="automatic"))
     assert len(labelled.store.reviews(round=2)) == masks > 0

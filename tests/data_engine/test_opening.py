@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,6 +179,42 @@ def test_a_store_whose_file_goes_or_is_replaced_says_so_and_loses_nothing_quietl
         store.add_images([image("a")])
 
     assert path.exists() == is_replaced
+    store.close()
+
+
+def test_what_is_written_after_others_came_and_went_is_there(
+    tmp_path: Path, image: Callable[..., Image]
+) -> None:
+    """A file that is opened and closed beside SQLite lets go of its locks, and a visitor removes the log."""
+    path = tmp_path / "engine.sqlite"
+    first = open_store(path, create=True)
+    second = open_store(path)
+    second.add_images([image("a")])
+    look = f"from data_engine.mask_store.store import open_store; s = open_store({str(path)!r})"
+
+    for name in "bcd":
+        visit = f"{look}; print(s.num_images()); s.close()"
+        subprocess.run([sys.executable, "-c", visit], check=True)
+        first.add_images([image(name)])
+
+    visit = f"{look}; print(s.num_images())"
+    seen = subprocess.run([sys.executable, "-c", visit], check=True, capture_output=True, text=True)
+    assert seen.stdout.strip() == "4"
+    first.close()
+    second.close()
+
+
+def test_a_log_that_goes_while_it_is_in_use_is_told(
+    tmp_path: Path, image: Callable[..., Image]
+) -> None:
+    path = tmp_path / "engine.sqlite"
+    store = open_store(path, create=True)
+    store.add_images([image("a")])
+    Path(f"{path}-wal").unlink()
+
+    with pytest.raises(StoreError, match="-wal is gone or was replaced"):
+        store.add_images([image("b")])
+
     store.close()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, field, replace
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
@@ -19,7 +21,7 @@ from data_engine.human_noise import Eye, Hand, iou
 from data_engine.image_finding import find_images
 from data_engine.images import register
 from data_engine.mask_store.store import Store, open_store
-from data_engine.records import Image, Rle, Submission, Task
+from data_engine.records import Event, Image, Rle, Submission, Task
 from data_engine.simulated_annotator import SimulatedAnnotator
 from data_engine.stages.assisted import assisted_tasks
 from data_engine.tasks import Desk
@@ -241,6 +243,75 @@ def test_who_audits_adds_nothing_but_labels_what_is_handed_out_bare(office: Offi
 
     assert [mask.corrects for mask in looked.masks] == ["s#1"]
     assert len(drawn.masks) > 1
+
+
+def test_who_audits_looks_at_every_mask_however_long_it_takes(office: Office) -> None:
+    shown = [{"id": f"s#{n}", "rle": rle.encode(mask)} for n, mask in enumerate(office.truth())]
+    hasty = office.annotator(replace(SHARP, patience=Patience(max_image_s=3.5)))
+
+    audited, _ = hasty.answer(office.task("audit", masks=shown))
+    labelled, _ = hasty.answer(office.task("semi_automatic", masks=shown))
+
+    # What does not come back counts as struck out.
+    assert len(audited.masks) == len(shown) > 1 == len(labelled.masks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told(Eye):
+    """Sees what it is told to."""
+
+    looks: list[float] = field(default_factory=list)
+
+    def judge(self, mask: Any, gt_mask: Any, generator: Any) -> float:
+        return self.looks.pop(0)
+
+
+def test_what_is_left_after_an_undo_is_no_better_than_it_was(office: Office) -> None:
+    # Three candidates; two clicks that each make it worse, the second so much that it is undone; no time left.
+    looks = [0.80, 0.1, 0.1, 0.72, 0.60]
+    settings = replace(SHARP, eye=Told(looks=looks))
+    annotator = office.annotator(settings, truth=lambda image: known_truth(image)[:1])
+
+    submission, seen = annotator.answer(office.task(move_on_after_s=12.9))
+
+    assert [own.kind for own in submission.events][-2:] == ["undo", "delete"]
+    assert seen.given_up == 1 and not submission.masks  # 0.72 is not acceptable
+
+
+def strokes_s(event: Event, scale: float) -> set[float]:
+    """What a stroke takes by the model, whatever the size of the object on the screen."""
+    points = np.array(event.data["points"], np.int32).reshape(-1, 1, 2)
+    length_px = cv2.arcLength(points, True)
+    return {
+        SHARP.time.painting_s(length_px, object_px=side, screen_scale=scale)
+        for side in range(1, 97)
+    }
+
+
+def test_every_second_of_a_submission_is_one_that_the_time_model_states(office: Office) -> None:
+    settings, time = AnnotatorSettings(patience=Patience(useless_clicks=1)), SHARP.time
+    scale, kinds = settings.screen_px / 96, Counter[str]()
+    # On the way to what an event records: a new object found, masks looked at, an undo or a choice.
+    before = {
+        find * time.find_s + looks * time.look_s + keys * time.key_s
+        for find, looks, keys in product((0, 1), (0, 1, 3), (0, 1))
+    }
+    own = {"click": time.click_s, "box": time.box_s} | dict.fromkeys(
+        ("look", "undo", "accept", "delete"), time.key_s
+    )
+
+    for number in range(3):
+        submission, _ = office.annotator(settings).answer(office.task(number=number))
+        at = time.open_image_s
+        for event in submission.events:
+            took, at = event.offset_s - at, event.offset_s
+            ends = {own[event.kind]} if event.kind in own else strokes_s(event, scale)
+            assert any(
+                took == pytest.approx(start + end, abs=1e-6) for start in before for end in ends
+            ), (event.kind, took)
+            kinds[event.kind] += 1
+        assert submission.seconds == pytest.approx(at)
+    assert {"click", "look", "undo", "accept", "brush"} <= set(kinds), kinds
 
 
 def test_embeddings_made_ahead_give_the_same_answers_and_spare_the_encoder(

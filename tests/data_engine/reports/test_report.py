@@ -17,6 +17,7 @@ import pytest
 from PIL import Image as PillowImage
 
 from data_engine.audit import Audit, collect_reviews
+from data_engine.mask_store.lineage import take_down
 from data_engine.records import Model
 from data_engine.report import ReportSettings, write_report
 from data_engine.report_html import as_html
@@ -164,7 +165,7 @@ def test_models_come_in_the_order_of_their_making_up_to_the_round(reported: Any)
         ("after-2", False),
     ]
     page = Parsed((folder(reported, 2) / "report.html").read_text(encoding="utf-8"))
-    assert "round 2 not promoted 0.600" in page.text
+    assert "round 2, not promoted 0.600" in page.text
 
 
 @pytest.mark.parametrize(("annotator", "simulated"), [("simulated-0", True), ("anna", False)])
@@ -178,6 +179,45 @@ def test_figures_of_a_simulated_annotator_say_so(
     for name in ("report.html", "report.md"):
         text = (folder(scenes, 1) / name).read_text(encoding="utf-8")
         assert ("imulated" in text) == simulated
+
+
+@pytest.mark.parametrize(("labels", "audits"), [("simulated-0", "anna"), ("anna", "simulated-0")])
+def test_what_people_did_beside_simulated_annotators_is_told_apart(
+    scenes: Any, labels: str, audits: str
+) -> None:
+    scenes.assisted(1, scenes.images[:2], [labels])
+    scenes.automatic(2, scenes.images[2:])
+    scenes.audit(2, Audit(), audits)
+    collect_reviews(scenes.store, 2)
+
+    page = Parsed(write_report(scenes.store, scenes.root, 2, SMALL).read_text(encoding="utf-8"))
+
+    found = content(scenes, 2)
+    assert found["simulated"]
+    assert [own["simulated"] for own in found["rounds"]] == [labels == "simulated-0", False]
+    assert found["audit"]["simulated"] == (audits == "simulated-0")
+    assert found["models_simulated"] == (labels == "simulated-0")
+    assert ("again by simulated annotators" in page.text) == (audits == "simulated-0")
+    titles = [str(own["alt"]) for name, own in page.tags if name == "img"]
+    simulated = {own.split(" (")[0] for own in titles if own.endswith("(simulated annotator)")}
+    assert ("audit: masks before and after" in simulated) == (audits == "simulated-0")
+    assert ("random masks" in simulated) == (audits == "simulated-0")
+    assert ("mean IoU on held-out images" in simulated) == (labels == "simulated-0")
+    assert "random images with all masks" in set(titles)  # the model's, whoever looked at them
+
+
+def test_a_picture_of_an_older_report_does_not_stay(scenes: Any) -> None:
+    scenes.assisted(1, scenes.images, ["anna"])
+    write_report(scenes.store, scenes.root, 1, SMALL)
+    assert (folder(scenes, 1) / "figures" / "worst.png").is_file()
+
+    for image in scenes.images:
+        take_down(scenes.store, image.id, reason="asked", who="a person", now=0.0)
+    page = Parsed(write_report(scenes.store, scenes.root, 1, SMALL).read_text(encoding="utf-8"))
+
+    drawn = {path.stem for path in (folder(scenes, 1) / "figures").iterdir()}
+    assert drawn == {"mean_iou", "average_recall"}, "and no plot of nothing"
+    assert page.text.count("There is nothing to show yet.") == 2
 
 
 def test_the_same_store_gives_the_same_report(reported: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 SCRIPT = Path(__file__).with_name("kill_rounds.py")
 
 
+@pytest.mark.timeout(3600)  # on a busy machine each process waits for its turn
 @pytest.mark.parametrize(
     ("kills", "form"), [(3, ["short"]), pytest.param(30, [], marks=pytest.mark.slow)]
 )

@@ -530,8 +530,6 @@ def test_a_backup_is_a_store(labelled: Engine, tmp_path: Path) -> None:
     copy.close()
 
 
-<<<<<<< HEAD
-=======
 def test_the_status_says_that_annotators_are_simulated(
     labelled: Engine, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -542,7 +540,6 @@ def test_the_status_says_that_annotators_are_simulated(
     assert re.search(r"round 1 assisted: done; tasks \d+ done, by simulated annotators", said)
 
 
->>>>>>> engine
 def test_what_was_made_is_copied_to_object_storage_and_kept_up_to_date(
     labelled: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -571,19 +568,6 @@ def test_what_was_made_is_copied_to_object_storage_and_kept_up_to_date(
 def keys_at(source: ShardSource) -> set[str]:
     found = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
     return {record.key for record in found}
-<<<<<<< HEAD
-
-
-def test_the_status_says_that_annotators_are_simulated(
-    labelled: Engine, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert call("status", f"root={labelled.root}") == 0
-
-    said = capsys.readouterr().out
-    assert re.search(r"\d+ masks of simulated annotators", said)
-    assert re.search(r"round 1 assisted: done; tasks \d+ done, by simulated annotators", said)
-=======
->>>>>>> engine
 
 
 def test_an_audit_by_the_simulated_annotator_says_how_good_the_masks_are(

@@ -13,7 +13,7 @@ SCRIPT = Path(__file__).with_name("kill_rounds.py")
 
 @pytest.mark.timeout(3600)  # on a busy machine each process waits for its turn
 @pytest.mark.parametrize(
-    ("kills", "form"), [(3, ["short"]), pytest.param(30, [], marks=pytest.mark.slow)]
+    ("kills", "form"), [(3, ["short"]), pytest.param(30, [], marks=pytest.mark.evidence)]
 )
 def test_kills_change_neither_store_nor_shards(tmp_path: Path, kills: int, form: list[str]) -> None:
     command = [sys.executable, str(SCRIPT), str(tmp_path / "out"), str(kills), "5", *form]

@@ -53,7 +53,7 @@ def run_stage(model: Sam, node: dict[str, Any], shards: Path, share: Share, out:
 
 
 def bare_loop(model: Sam, node: dict[str, Any], images: list[np.ndarray]) -> int:
-    generator = config.instantiate(node["generator"], model=model)
+    generator = config.instantiate(node["generator"])(model)
     return sum(len(generator.find(image)[0].edges) for image in images)
 
 

@@ -1,9 +1,8 @@
 """A whole plan of the data engine on real images, from a model that has seen synthetic scenes only.
 
-    sam-train experiment=quickstart run_dir=outputs/scenes
-    python benchmarks/engine_rounds.py nuclei outputs/scenes/checkpoints/best.ckpt --work outputs/nuclei_rounds
+    python benchmarks/engine_rounds.py nuclei
 
-People are simulated. After the rounds the automatic shards are checked, read by a plain reader of SA-1B, and two
+Without --checkpoint that model is trained first (`sam-train experiment=quickstart`, 8 minutes). People are simulated. After the rounds the automatic shards are checked, read by a plain reader of SA-1B, and two
 models are trained from the same start by the same recipe, with as many steps as all rounds together: one on what
 the engine made, one on the ground truth of the same images. Called again, it goes on where it was stopped.
 """
@@ -54,11 +53,24 @@ def run_rounds(arguments: argparse.Namespace, root: Path) -> None:
         call = [
             *("init", f"root={root}", f"images={paths(arguments.set, 'train')}"),
             f"held_out_images={paths(arguments.set, 'val')}",
-            f"checkpoint={os.path.abspath(arguments.checkpoint)}",
+            f"checkpoint={os.path.abspath(arguments.checkpoint or model_of_scenes(root.parent))}",
             *(f"plan={arguments.set}_small", "annotator=simulated", *arguments.settings),
         ]
         _data_engine(call)
     _data_engine(["round", f"root={root}", "all=true"])
+
+
+def model_of_scenes(work: Path) -> Path:
+    """Trains on synthetic scenes, as `make quickstart` does; a training that was stopped goes on."""
+    run_dir = work / "scenes"
+    if not (run_dir / "metrics.json").exists():
+        _train(["experiment=quickstart", f"run_dir={run_dir}"], 1)
+    return trained(run_dir)
+
+
+def _train(arguments: Sequence[str], threads: int) -> None:
+    command = [sys.executable, "-m", "sam_train.cli", "train", *arguments]
+    subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def _data_engine(call: Sequence[str]) -> None:
@@ -135,7 +147,7 @@ def steps_so_far(engine: Engine) -> int:
     for round_ in engine.store.rounds():
         metrics = engine.round_folder(round_.number) / "training_sam" / "metrics.json"
         if metrics.is_file():
-            total += int(json.loads(metrics.read_text())["steps"])
+            total += int(json.loads(metrics.read_text())["metrics"]["steps"])
     return total
 
 
@@ -144,13 +156,14 @@ def trained_on(
 ) -> Mapping[str, float]:
     """Trains from the engine's first model by its recipe, and measures as the engine does."""
     first = engine.path(engine.models()[0].path)
-    command = [
-        *(sys.executable, "-m", "sam_train.cli", "train", f"experiment={engine.steps[-1].recipe}"),
-        *(f"checkpoint={first}", f"trainer.max_steps={steps}", "trainer.limit_val_batches=0"),
-        *(*data, f"run_dir={run_dir}"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    subprocess.run(command, check=True, env=environment)
+    _train(
+        [
+            *(f"experiment={engine.steps[-1].recipe}", f"checkpoint={first}"),
+            *(f"trainer.max_steps={steps}", "trainer.limit_val_batches=0"),
+            *(*data, f"run_dir={run_dir}"),
+        ],
+        threads,
+    )
     protocols = config.instantiate(engine.settings["measure"])
     model = load_model(trained(run_dir))
     return dict(protocols.run(model, ShardSource(path=str(engine.root / "held_out")), run_dir))
@@ -214,19 +227,21 @@ def rows_of_rounds(root: Path) -> Iterator[list[str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("set", choices=sorted(SETS))
-    parser.add_argument("checkpoint", help="the model to begin with")
+    parser.add_argument("set", nargs="?", choices=sorted(SETS), default="nuclei")
     parser.add_argument("settings", nargs="*", help="NAME=VALUE for data-engine init")
-    parser.add_argument(
-        "--work", type=Path, required=True, help="folder of the engine and the runs"
-    )
+    parser.add_argument("--checkpoint", help="the model to begin with; trained first, if not said")
+    parser.add_argument("--work", type=Path, help="folder of all this; outputs/engine_rounds/SET")
     parser.add_argument("--rounds-only", action="store_true", help="no models trained anew")
+    parser.add_argument(
+        "--steps", type=int, help="of these; as many as the rounds had, if not said"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="folder that also gets the tables as a file")
     arguments = parser.parse_args()
     cli_common.prepare_host()
     side_by_side.settle(arguments.threads, "cpu")
-    root = arguments.work.absolute() / "engine"
+    work = (arguments.work or Path("outputs/engine_rounds") / arguments.set).absolute()
+    root = work / "engine"
     run_rounds(arguments, root)
     engine = Engine.open(root)
     spans = [(one.finished_at or 0) - one.created_at for one in engine.store.rounds()]
@@ -236,12 +251,13 @@ def main() -> None:
         for one in engine.store.rounds()
         if one.stage == "automatic"
     )
-    said = checked(shards, arguments.work / "check")
+    said = checked(shards, work / "check")
     num_images, num_masks = plainly_read(shards)
     steps = steps_so_far(engine)
     models = list(rows_of_models(engine.models()))
     if not arguments.rounds_only:
-        models += rows_of_comparison(engine, steps, arguments.work.absolute(), arguments.threads)
+        anew = arguments.steps or steps
+        models += rows_of_comparison(engine, anew, work, arguments.threads)
     rounds = "round stage images masks masks/image s/mask s/mask,_all_in clicks/mask automatic"
     report = "\n".join(
         [

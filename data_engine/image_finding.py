@@ -17,6 +17,7 @@ from sam_train.data.json_lists import elements
 from sam_train.data.sa1b import ShardSource, is_wanted
 from sam_train.data.shards import IMAGE_SUFFIXES
 from sam_train.data.tar_samples import local_path, read_samples
+from sam_train.data.urls import is_of_fsspec, listed, open_url
 
 
 class Found(NamedTuple):
@@ -41,7 +42,7 @@ def find_images(images: str | Sequence[str], annotations: str | None = None) -> 
 
     Args:
         images: a folder of images (at any depth) or of shards, a glob of either, shards as `ShardSource`
-            takes them, or a list of such.
+            takes them, or a list of such; folders and globs also as URLs that fsspec knows.
         annotations: a COCO JSON file, whose images are then looked for in the folder `images`. Of it
             nothing but their names is read.
 
@@ -60,6 +61,8 @@ def find_images(images: str | Sequence[str], annotations: str | None = None) -> 
 
 def _is_shards(place: str) -> bool:
     path = local_path(place)
+    if is_of_fsspec(place):
+        return not any(_is_image(name) for name in listed(place))
     if path is None or place.endswith((".tar", ".tar.gz", ".tgz")) or "::" in place:
         return True
     if not os.path.isdir(path):
@@ -70,7 +73,15 @@ def _is_shards(place: str) -> bool:
     return ".tar" in suffixes
 
 
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
 def _of_files(place: str) -> Iterator[Found]:
+    if is_of_fsspec(place):
+        for url in filter(_is_image, listed(place)):
+            yield Found(url, url, partial(read_url, url))
+        return
     root, names = files_below(place, SUFFIXES)
     if not names:
         raise FileNotFoundError(
@@ -144,6 +155,12 @@ def _coco_image(folder: ImageFolder, entry: dict[str, Any], namesake: str | None
 def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
     size = entry.get("height"), entry.get("width")
     return (size[0], size[1]) if all(type(side) is int for side in size) else None  # type: ignore[return-value]
+
+
+def read_url(url: str) -> bytes:
+    """All of a file that lies elsewhere."""
+    with open_url(url) as stream:
+        return stream.read()
 
 
 def _itself(data: bytes) -> bytes:

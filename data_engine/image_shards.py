@@ -12,12 +12,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import numpy as np
-from webdataset.gopen import gopen
 
 from sam_train.data.image_files import header_size
 from sam_train.data.sa1b import is_wanted
 from sam_train.data.shards import IMAGE_SUFFIXES, decode_image
 from sam_train.data.tar_samples import local_path, read_samples
+from sam_train.data.urls import open_url
 
 T = TypeVar("T")
 
@@ -106,7 +106,7 @@ def sum_up(url: str) -> ShardSum:
     path = local_path(url)
     digest, num_bytes = hashlib.sha256(), 0
     try:
-        with gopen(url) if path is None else open(path, "rb") as stream:
+        with open_url(url) if path is None else open(path, "rb") as stream:
             while block := stream.read(2**20):
                 digest.update(block)
                 num_bytes += len(block)

@@ -17,7 +17,7 @@ import numpy as np
 from sqlalchemy.exc import IntegrityError
 from tqdm import tqdm
 
-from data_engine.image_finding import Found
+from data_engine.image_finding import Found, read_url
 from data_engine.mask_store.rows import chunks
 from data_engine.mask_store.store import Store
 from data_engine.records import Image
@@ -267,6 +267,8 @@ def image_pixels(image: Image) -> np.ndarray:
 
 
 def _stored_bytes(image: Image) -> bytes | None:
+    if image.member is None and local_path(image.path) is None:
+        return read_url(image.path)
     if image.member is None:
         with open(image.path, "rb") as file:
             return file.read()

@@ -25,12 +25,16 @@ from data_engine.plan import PARENT, Step
 from data_engine.records import Model, Round, Shard
 from data_engine.shards_of_round import whole_shards
 from sam_train import config
+from sam_train.ops.files import write_atomically
 from sam_train.training import run_lock
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 LOCK_POLL_S = 1.0
+COMMAND = "command.json"
+"""File of a run folder: what was asked for, whatever the engine's folder is called."""
+FORCED = "resume=force"
 
 
 class Trainer(Protocol):
@@ -223,7 +227,33 @@ def _folders(engine: Engine, shards: Sequence[Shard]) -> str:
 def _run(engine: Engine, command: list[str], run_dir: Path) -> Path:
     command.append(f"run_dir={run_dir}")
     trainer: Trainer = config.instantiate(engine.settings["training"])
-    return trainer.run(command, run_dir)
+    return trainer.run([*command, *_resumed(engine, command, run_dir)], run_dir)
+
+
+def _resumed(engine: Engine, command: Sequence[str], run_dir: Path) -> list[str]:
+    """What lets a training go on in a folder that was moved; notes what is trained there.
+
+    Raises:
+        ValueError: another training was broken off there.
+    """
+    path = run_dir / COMMAND
+    said = json.dumps(_portable(engine, command), indent=1) + "\n"
+    try:
+        before = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        write_atomically(path, said)
+        return []
+    if before == said or FORCED in command:
+        return [] if FORCED in command else [FORCED]
+    raise ValueError(
+        f"{run_dir} holds a training that was begun otherwise ({path} says how): delete that folder to "
+        f"begin anew, or add {FORCED} to the overrides of the step to go on with it"
+    )
+
+
+def _portable(engine: Engine, command: Sequence[str]) -> list[str]:
+    """A command without the place of the engine's folder."""
+    return [argument.replace(f"{engine.root}/", "") for argument in command]
 
 
 def _lineage(
@@ -236,13 +266,12 @@ def _lineage(
 ) -> dict[str, Any]:
     """Fields of a `Model`: what it was made from, with and by."""
     sums = json.dumps(sorted(one.sha256 for one in shards))
-    said = [argument.replace(f"{engine.root}/", "") for argument in command]
     return {
         "parent": parent,
         "round": round_.number,
         "trained_on": [one.path for one in shards],
         "data_fingerprint": hashlib.sha256(sums.encode()).hexdigest(),
-        "config": {"kind": kind, "command": said},
+        "config": {"kind": kind, "command": _portable(engine, command)},
         "code_version": code_version(),
     }
 

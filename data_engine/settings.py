@@ -27,6 +27,8 @@ OF_CALLS = tuple(
     "promote_model".split()
 )
 """What a call says, and the file does not keep."""
+BY_CHOICE = frozenset({"annotator"})
+"""Groups that have no node unless `init` or a call chose one."""
 ESSENTIAL = ("plan", "store")
 """What the file must say: no default could be meant."""
 PROMOTION = ("better", "always", "never")
@@ -163,7 +165,7 @@ def read(
         raise ValueError(f"{path} is no readable configuration: expected names and values")
     config_dir = config_dir or stored.get("config_dir")
     changes = composed(overrides, config_dir)
-    if unknown := sorted(map(str, stored.keys() - changes.keys())):
+    if unknown := sorted(map(str, stored.keys() - changes.keys() - BY_CHOICE)):
         hint = cli_errors.near(unknown[0], map(str, changes), "setting")
         raise ValueError(f"{path}: there is no setting {unknown[0]}. {hint}")
     with open_dict(stored):

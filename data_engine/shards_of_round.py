@@ -20,6 +20,7 @@ from data_engine.records import Image, Mask, MaskSource, Round, Shard
 from data_engine.shard_writer import (
     ShardManifest,
     ShardWriter,
+    clear,
     finished,
     manifest_path,
     write_manifest,
@@ -95,6 +96,7 @@ def write_shards(
 
 def sum_up_folder(folder: Path) -> None:
     """Writes the `manifest.json` of all finished shards of a folder, or removes it where there is none."""
+    clear(folder / MANIFEST)
     found = (finished(path) for path in sorted(folder.glob("*.tar")))
     if manifests := [one for one in found if one is not None]:
         write_total(folder, manifests[0].name.rpartition("-")[0], manifests)

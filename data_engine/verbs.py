@@ -159,6 +159,18 @@ def backup(call: Call) -> None:
         print(f"See {out}: it is a store itself, store.url={out} opens it")
 
 
+def publish(call: Call) -> None:
+    """copies shards, models, reports and the store to a folder or object storage: out=s3://BUCKET/FOLDER"""
+    from data_engine.publish import publish as bring_up_to_date
+
+    with _engine(call) as engine:
+        if (out := engine.settings["out"]) is None:
+            raise ValueError(
+                "no value for out; say out=DIR or a URL that fsspec knows, s3://BUCKET/FOLDER"
+            )
+        print(bring_up_to_date(engine, str(out)))
+
+
 @contextmanager
 def _engine(call: Call) -> Iterator[Engine]:
     named = [one for one in call.overrides if one.startswith("root=")]
@@ -185,4 +197,5 @@ VERBS: dict[str, Callable[[Call], None]] = {
     "lineage": lineage,
     "remove": remove,
     "backup": backup,
+    "publish": publish,
 }

@@ -22,6 +22,7 @@ from sam_train.data.source import (
     sample_seed,
 )
 from sam_train.data.tar_samples import TarSample, local_path, read_samples
+from sam_train.data.urls import is_of_fsspec, listed
 from sam_train.structures import Cursor, ImageRecord
 
 WHOLE_SHARDS_PER_READER = 8
@@ -196,7 +197,10 @@ def _expand(path: str) -> list[str]:
         return sorted(map(str, Path(path).glob("*.tar"))) if Path(path).is_dir() else [path]
     shards = []
     for url in expand_urls(path):
-        if local_path(url) != url:
+        if is_of_fsspec(url):
+            found = listed(url)
+            shards += [one for one in found if one.endswith(".tar")] or found
+        elif local_path(url) != url:
             shards.append(url)
         elif Path(url).is_dir():
             shards += sorted(map(str, Path(url).glob("*.tar")))

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 from urllib.parse import unquote, urlparse
 
-from webdataset.gopen import gopen
+from sam_train.data.urls import is_of_fsspec, open_url
 
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 """How files of gzip, bzip2, xz and zstandard begin: these can only be read from their start."""
@@ -45,7 +45,7 @@ class BrokenTarError(OSError):
 
 
 def read_samples(url: str, is_wanted: Callable[[str], bool], start: int = 0) -> Iterator[TarSample]:
-    """Reads the samples of a shard from byte `start` on; a local one is not read before it.
+    """Reads the samples of a shard from byte `start` on; one that is local or fsspec's is not read before it.
 
     A key that comes again with a suffix that it had begins another sample. Files whose names begin with
     a dot are passed over.
@@ -83,8 +83,9 @@ def _files(
 ) -> Iterator[tuple[int, str, bytes, int]]:
     """The wanted files: place of the header, name, content, end."""
     with _open(url) as stream:
-        seeks = local_path(url) is not None and not stream.read(6).startswith(COMPRESSED)
-        if local_path(url) is not None:
+        can_seek = local_path(url) is not None or is_of_fsspec(url)
+        seeks = can_seek and not stream.read(6).startswith(COMPRESSED)
+        if can_seek:
             stream.seek(start if seeks else 0)
         tar: Any = None
         try:
@@ -144,7 +145,7 @@ def local_path(url: str) -> str | None:
 
 def _open(url: str) -> IO[bytes]:
     path = local_path(url)
-    return cast("IO[bytes]", gopen(url)) if path is None else open(path, "rb")
+    return open_url(url) if path is None else open(path, "rb")
 
 
 def _is_hidden(name: str) -> bool:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import PIL.Image
 import pytest
@@ -406,9 +407,7 @@ def hold(root: Path, held: Any, done: Any) -> None:
 def keys_of(place: Path) -> set[str]:
     """The images of a shard, or of all shards of an engine."""
     paths = [place] if place.is_file() else sorted(place.glob("rounds/*/shards/*.tar"))
-    source = ShardSource(path=[str(path) for path in paths])
-    records = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
-    return {record.key for record in records}
+    return keys_at(ShardSource(path=[str(path) for path in paths]))
 
 
 def test_a_round_s_parts_may_all_be_done_again(labelled: Engine) -> None:
@@ -476,6 +475,28 @@ def test_class_labels_travel_with_the_masks_and_every_file_says_where_it_is_from
     assert round_.config["stage"]["move_on_after_s"] == 30
 
 
+def test_a_training_goes_on_after_the_folder_was_moved(
+    begin: Begin, refused: Callable[..., str], tmp_path: Path
+) -> None:
+    root = begin("{stage: assisted, num_images: 2}")
+    assert simulated(root) == 0
+    engine = Engine.open(root)
+    before = engine.store.contents()
+    engine.store.put_round(replace(engine.store.rounds()[0], state="training"))
+    engine.close()
+    (root / "rounds/001/training_sam/metrics.json").unlink()  # as if it had been broken off
+    moved = root.rename(tmp_path / "else where (2)")
+
+    assert call("round", f"root={moved}") == 0
+
+    engine = Engine.open(moved)
+    assert engine.store.contents() == before
+    engine.store.put_round(replace(engine.store.rounds()[0], state="training"))
+    otherwise = "plan.steps=[{stage: assisted, num_images: 2, overrides: ['seed=3']}]"
+    said = refused("round", f"root={moved}", otherwise)
+    assert "holds a training that was begun otherwise" in said
+
+
 def test_two_workers_of_one_number_do_not_take_each_other_s_shards(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     held, done, names = context.Event(), context.Event(), context.SimpleQueue()
@@ -517,6 +538,36 @@ def test_the_status_says_that_annotators_are_simulated(
     said = capsys.readouterr().out
     assert re.search(r"\d+ masks of simulated annotators", said)
     assert re.search(r"round 1 assisted: done; tasks \d+ done, by simulated annotators", said)
+
+
+def test_what_was_made_is_copied_to_object_storage_and_kept_up_to_date(
+    labelled: Engine, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, out = labelled.root, f"memory://{tmp_path.name}/engine"
+    key = min(keys_of(min(root.glob("rounds/002/shards/*.tar"))))
+
+    assert call("publish", f"root={root}", f"out={out}") == 0
+
+    published = [str(path) for path in sorted(root.glob("rounds/*/shards/*.tar"))]
+    there = ShardSource(path=f"{out}/rounds/*/shards/*.tar")
+    assert [path.rpartition("/engine/")[2] for path in there.shards()] == [
+        path.rpartition("/engine/")[2] for path in published
+    ]
+    assert keys_at(there) == keys_of(root)
+    bucket = fsspec.filesystem("memory")
+    assert bucket.exists(f"/{tmp_path.name}/engine/rounds/001/report.html")
+    assert bucket.exists(f"/{tmp_path.name}/engine/models/first.ckpt")
+    capsys.readouterr()
+    assert call("publish", f"root={root}", f"out={out}") == 0
+    assert "0 files copied" in capsys.readouterr().out
+    assert call("remove", f"root={root}", f"image={key}", "reason=asked to") == 0
+    assert call("publish", f"root={root}", f"out={out}") == 0
+    assert keys_at(there) == keys_of(root) and key not in keys_of(root)
+
+
+def keys_at(source: ShardSource) -> set[str]:
+    found = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
+    return {record.key for record in found}
 
 
 def test_an_audit_by_the_simulated_annotator_says_how_good_the_masks_are(

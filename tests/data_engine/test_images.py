@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image as Pillow
@@ -245,3 +246,31 @@ def test_an_image_that_is_to_be_labelled_is_not_held_out_later(
 
     assert store.num_images(held_out=True) == 0
     assert "one.png is not held out: it was registered to be labelled" in caplog.text
+
+
+def test_images_in_object_storage_are_registered_and_read_where_they_lie(store: Store) -> None:
+    bucket = fsspec.filesystem("memory")
+    for number in range(2):
+        bucket.pipe_file(f"/scans/{store.engine.name}/{number}.png", picture(number))
+    bucket.pipe_file(f"/scans/{store.engine.name}/notes.txt", b"no image")
+
+    result = register(store, find_images(f"memory://scans/{store.engine.name}"))
+
+    assert result.num_new == 2
+    by_key = {image.key: image for image in store.images()}
+    assert image_bytes(by_key["1"]) == picture(1)
+    bucket.rm_file(f"/scans/{store.engine.name}/1.png")
+    with pytest.raises(ImageGoneError, match="put it back"):
+        image_bytes(by_key["1"])
+
+
+def test_an_image_in_a_shard_of_object_storage_is_found_again(store: Store, tmp_path: Path) -> None:
+    files = {f"{number}.png": picture(number) for number in range(3)}
+    shard = write_shard(tmp_path / "a.tar", files)
+    place = f"/shards/{store.engine.name}/a.tar"
+    fsspec.filesystem("memory").pipe_file(place, shard.read_bytes())
+
+    register(store, find_images(f"memory:/{place}"))
+
+    by_key = {image.key: image for image in store.images()}
+    assert [image_bytes(by_key[str(number)]) for number in range(3)] == list(files.values())

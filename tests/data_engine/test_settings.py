@@ -91,3 +91,12 @@ def test_paths_of_a_plan_are_made_absolute(tmp_path: Path, monkeypatch: pytest.M
     assert cfg.plan.steps[0].detector_boxes == str(tmp_path / "boxes.json")
     assert cfg.held_out_images == str(tmp_path / "apart")
     assert cfg.root == str(tmp_path / "here")
+
+
+def test_an_engine_may_be_made_with_an_annotator(tmp_path: Path) -> None:
+    chosen = [f"root={tmp_path}", "checkpoint=x", "plan=nuclei_small", "annotator=simulated"]
+    settings.write(tmp_path, settings.composed(chosen))
+
+    assert settings.read(tmp_path)["annotator"]["screen_px"] == 1000
+    changed = settings.read(tmp_path, ["annotator=simulated", "annotator.screen_px=500"])
+    assert changed["annotator"]["screen_px"] == 500

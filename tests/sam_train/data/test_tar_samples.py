@@ -4,8 +4,10 @@ import gzip
 import io
 import tarfile
 
+import fsspec
 import pytest
 
+from sam_train.data.sa1b import ShardSource
 from sam_train.data.tar_samples import BrokenTarError, read_samples
 
 
@@ -107,3 +109,19 @@ def test_a_tar_that_goes_on_in_zeros_is_an_unfinished_download(tmp_path):
     (tmp_path / "a.tar").write_bytes(content + bytes(3 * 2**20))
     with pytest.raises(BrokenTarError, match=r"ends in \d{7} bytes of zeros: an unfinished"):
         read(tmp_path / "a.tar")
+
+
+def test_a_shard_of_object_storage_is_listed_and_read_from_any_sample_on():
+    bucket = fsspec.filesystem("memory")
+    for name in ("b", "a"):
+        bucket.pipe_file(f"/samples/{name}.tar", tar_of(*THREE))
+    bucket.pipe_file("/samples/readme.txt", b"not a shard")
+    both = ["memory:///samples/a.tar", "memory:///samples/b.tar"]
+
+    assert ShardSource(path="memory://samples").shards() == both
+    assert ShardSource(path="memory://samples/*.tar").shards() == both
+    first, *others = read("memory://samples/a.tar")
+    assert [sample.key for sample in others] == ["b", "x/c"]
+    assert read("memory://samples/a.tar", first.end) == others
+    with pytest.raises(FileNotFoundError):
+        read("memory://samples/c.tar")

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 
 from data_engine import agreement, audit
 from data_engine.report_content import Report
-from data_engine.round_numbers import RoundNumbers
+from data_engine.round_numbers import RoundNumbers, called
 
 FINISHED = ("reporting", "done")
 """States of a round in which all that a report tells is there."""
@@ -205,7 +205,7 @@ def _work(now: RoundNumbers) -> Iterator[Block]:
     work = now.work
     assert work is not None
     hours = work.image_seconds.sum() / 3600
-    said = "simulated " if now.is_simulated else ""
+    said = called(work.annotators)
     yield Text(
         f"{counted(len(work.annotators), f'{said}annotator')} did {counted(work.num_done, 'image')} in "
         f"{hours:.2f} {said}hours; {whole(work.num_open)} are open. {counted(work.num_drawn, 'mask')} "
@@ -220,11 +220,10 @@ def _audit(report: Report) -> Iterator[Block]:
     if (own := report.audit) is None:
         yield Text("Nobody has looked at these masks again yet: data-engine audit hands them out.")
     else:
-        said = " simulated" if report.is_audit_simulated else ""
         yield Text(
             f"{counted(own.num_masks, 'mask')} on {counted(own.num_images, 'image')}, drawn at random, "
-            f"were looked at again by{said} annotators: {whole(own.num_untouched)} were left as they "
-            f"were, {whole(own.num_struck_out)} struck out (an IoU of 0), and {whole(own.num_added)} "
+            f"were looked at again by {called(own.annotators)}annotators: {whole(own.num_untouched)} were "
+            f"left as they were, {whole(own.num_struck_out)} struck out (an IoU of 0), and {whole(own.num_added)} "
             "added that were missing. In brackets, the 95% interval."
         )
         shares = (own.share_over_90, own.share_over_75)

@@ -25,6 +25,7 @@ Pixels = Callable[[], np.ndarray]
 """Gives an image's (H, W, 3) uint8 RGB pixels; OSError where they are gone."""
 COLUMNS = 3
 IMAGE_PX, CLOSE_UP_PX = 300, 220
+GREY_LEVEL = 225
 MAX_KEY = 24
 """Characters of an image's name that are shown."""
 LEGEND = "Red: the mask that was looked at. Green: what it became."
@@ -72,20 +73,27 @@ def _sheet(
     pictures: Sequence[np.ndarray | None],
     is_simulated: bool,
 ) -> Drawn | None:
-    there = [own for own in pictures if own is not None]
-    if not there:
+    if not pictures:
         return None
-    sheet = drawing.tiled(there, min(COLUMNS, len(there)))
+    shown = [_gone() if own is None else own for own in pictures]
+    sheet = drawing.tiled(shown, min(COLUMNS, len(shown)))
     title = titled(title, is_simulated)
     picture = drawing.captioned(sheet, title, strip_px=26)
     file = f"{name}.png"
     write_atomically(folder / file, lambda path: Image.fromarray(picture).save(path, "PNG"))
-    if gone := len(pictures) - len(there):
+    if gone := sum(own is None for own in pictures):
         caption = (
             f"{caption} {counted(gone, 'picture')} cannot be shown: the image is gone.".strip()
         )
     return Drawn(
         "pictures", file, title, f"{title[0].upper()}{title[1:]}. {caption}".strip(), is_wide=True
+    )
+
+
+def _gone() -> np.ndarray:
+    """Stands where a picture cannot be shown."""
+    return drawing.captioned(
+        np.full((CLOSE_UP_PX, CLOSE_UP_PX, 3), GREY_LEVEL, np.uint8), "the image is gone"
     )
 
 

@@ -114,6 +114,15 @@ def is_simulated(annotators: tuple[str, ...]) -> bool:
     return any(name.startswith(SIMULATED) for name in annotators)
 
 
+def called(annotators: tuple[str, ...]) -> str:
+    """`simulated `, `partly simulated ` or nothing: what is said before a figure of theirs."""
+    if not is_simulated(annotators):
+        return ""
+    return (
+        "simulated " if all(is_simulated((name,)) for name in annotators) else "partly simulated "
+    )
+
+
 def round_numbers(store: Store, root: Path, round_: Round) -> RoundNumbers:
     """Counts a round, done or under way."""
     if round_.stage == AUTOMATIC:

@@ -171,7 +171,7 @@ class AnnotationSession:
             fill: closes it and fills what it goes round.
 
         Raises:
-            SessionError: it has no point, or one outside.
+            SessionError: it has no point, or one outside, or the brush is larger than the image.
         """
         self._stroke("brush", points, radius_px, fill)
 
@@ -330,8 +330,10 @@ class AnnotationSession:
     def _stroke(
         self, kind: EventKind, points: Sequence[Point], radius_px: float, fill: bool
     ) -> None:
-        if not len(points) or radius_px < 0:
-            raise SessionError(f"a stroke has points and a radius of 0 or more, got {radius_px}")
+        if not len(points) or not 0 <= radius_px <= max(self.size):
+            raise SessionError(
+                f"a stroke has points, and a radius from 0 to the image's longest side, got {radius_px}"
+            )
         self._check_inside(points)
         stroke = stroke_pixels(self.size, points, radius_px, fill=fill)
         self._go_on(painted(self._predictor, self.state, stroke, kind == "brush"))

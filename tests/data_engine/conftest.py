@@ -113,7 +113,7 @@ def built_in_sam() -> Sam:
     return load_model("sam_tiny")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def write_shard(synthetic_scenes: Sequence[ImageRecord]) -> WriteShard:
     """`write_shard(path, num_images)`: scenes with their masks; `masks=False` leaves the JSON out."""
 
@@ -132,7 +132,7 @@ def write_shard(synthetic_scenes: Sequence[ImageRecord]) -> WriteShard:
     return write
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def stage_node() -> Callable[..., dict[str, Any]]:
     """`stage_node("limits.judged_after=2", ...)`: the stage's node as the command would have it."""
 

@@ -225,6 +225,8 @@ def test_the_desk_takes_what_a_session_hands_in(session: AnnotationSession, stor
         (lambda session: session.box(10, 10, 10, 20), "x0 < x1"),
         (lambda session: session.choose(0), "candidate below 0"),
         (lambda session: session.paint([], 2), "a stroke has points"),
+        (lambda session: session.paint([(4, 4), (9, 9)], 1e6), "a stroke has points"),
+        (lambda session: session.paint([(4, 4)], float("nan")), "a stroke has points"),
         (lambda session: session.erase([(-1, 2)], 2), "outside of the image"),
         (lambda session: session.keep("r9"), "no ready-made mask r9"),
         (lambda session: session.remove(3), "no mask 3"),

@@ -225,12 +225,27 @@ def fill(
         own.store.close()
 
 
+THRESHOLDS = "preset.pred_iou_thresh=0.2", "preset.stability_score_thresh=0.5"
+"""Of the few points that are asked, masks on every scene."""
+
+
 @pytest.fixture
 def scenes(fill: Callable[..., Filled], write_shard: Callable[..., Path], tmp_path: Path) -> Filled:
     """An engine of four synthetic scenes."""
     shard = write_shard(tmp_path / "in" / "scenes-000000.tar", 4)
-    # Of the few points that are asked, masks on every scene.
-    return fill(shard, "preset.pred_iou_thresh=0.2", "preset.stability_score_thresh=0.5")
+    return fill(shard, *THRESHOLDS)
+
+
+@pytest.fixture(scope="module")
+def filled_once(
+    tmp_path_factory: pytest.TempPathFactory,
+    built_in_sam: Sam,
+    stage_node: Callable[..., dict[str, Any]],
+    write_shard: Callable[..., Path],
+) -> Filled:
+    """The same, of a whole module of tests."""
+    shard = write_shard(tmp_path_factory.mktemp("in") / "scenes-000000.tar", 4)
+    return Filled(tmp_path_factory.mktemp("engine"), shard, built_in_sam, stage_node(*THRESHOLDS))
 
 
 @pytest.fixture

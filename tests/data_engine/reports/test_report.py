@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +20,7 @@ from PIL import Image as PillowImage
 
 from data_engine.audit import Audit, collect_reviews
 from data_engine.mask_store.lineage import take_down
+from data_engine.mask_store.store import open_store
 from data_engine.records import Model
 from data_engine.report import ReportSettings, write_report
 from data_engine.report_html import as_html
@@ -60,12 +63,23 @@ def three_rounds(engine: Any) -> Any:
     return engine
 
 
-@pytest.fixture
-def reported(scenes: Any) -> Any:
-    three_rounds(scenes)
+@pytest.fixture(scope="module")
+def reported_once(filled_once: Any) -> Any:
+    three_rounds(filled_once)
     for number in (1, 2, 3):
-        write_report(scenes.store, scenes.root, number, SMALL)
-    return scenes
+        write_report(filled_once.store, filled_once.root, number, SMALL)
+    filled_once.store.close()
+    return filled_once
+
+
+@pytest.fixture
+def reported(reported_once: Any, tmp_path: Path) -> Iterator[Any]:
+    """An engine with three rounds and their reports."""
+    engine = copy.copy(reported_once)
+    engine.root = shutil.copytree(reported_once.root, tmp_path / "engine")
+    engine.store = open_store(engine.root / "engine.sqlite")
+    yield engine
+    engine.store.close()
 
 
 def folder(engine: Any, number: int) -> Path:
@@ -251,6 +265,17 @@ def test_a_shard_that_is_gone_is_named_and_the_rest_reported(reported: Any) -> N
     assert "1 automatic shard cannot be read" in page.text
     assert shard.relative_to(reported.root).as_posix() in page.text
     assert "cannot be shown: the image is gone" in page.text
+
+
+def test_images_that_are_gone_are_said_to_be_so_where_they_would_be_shown(scenes: Any) -> None:
+    scenes.assisted(1, scenes.images, ["anna"])
+    for path in {own.path for own in scenes.images}:
+        Path(path).unlink()
+
+    page = Parsed(write_report(scenes.store, scenes.root, 1, SMALL).read_text(encoding="utf-8"))
+
+    assert "2 pictures cannot be shown: the image is gone" in page.text  # whole ones
+    assert page.text.count("3 pictures cannot be shown: the image is gone") == 3
 
 
 def test_a_round_that_is_not_there_is_refused_with_those_that_are(scenes: Any) -> None:

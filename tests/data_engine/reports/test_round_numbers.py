@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_engine.round_numbers import RoundNumbers, round_numbers
+from data_engine.round_numbers import RoundNumbers, called, round_numbers
 
 
 def numbers(engine: Any, number: int) -> RoundNumbers:
@@ -37,6 +37,12 @@ def test_what_was_drawn_from_nothing_is_counted_with_its_seconds_and_clicks(scen
     assert found.work.annotators == ("anna", "ben")
     assert found.work.events == {"look": 4, "click": sum(clicks), "accept": len(clicks)}
     assert not found.is_simulated
+
+
+def test_figures_of_people_and_simulated_annotators_together_are_called_so() -> None:
+    assert called(("anna", "ben")) == called(()) == ""
+    assert called(("simulated-0", "simulated-1")) == "simulated "
+    assert called(("anna", "simulated-0")) == "partly simulated "
 
 
 def test_of_ready_made_masks_those_passed_corrected_and_struck_out_are_told_apart(

@@ -17,6 +17,7 @@ from data_engine.code_version import code_version
 from data_engine.engine import SAM, Engine, only_one
 from data_engine.image_finding import find_images
 from data_engine.images import Registration, register
+from data_engine.measure import HELD_OUT
 from data_engine.model_files import keep_sam
 from data_engine.plan import read_steps
 from data_engine.plan_check import check_steps
@@ -163,9 +164,13 @@ def add_images(engine: Engine, call: Mapping[str, Any]) -> Registration:
 def add_more_images(engine: Engine) -> Registration:
     """The same later, where `images` and `annotations` are those of the call.
 
-    Masks of a COCO file are known from then on, by engine.yaml.
+    Masks of a COCO file are known from then on, by engine.yaml. Once a model was measured, those held out stay
+    what they are, or no two models could be compared: all new images are to be labelled.
     """
     call = {**engine.settings, "held_out_annotations": None}
+    if (engine.root / HELD_OUT).is_dir():
+        call |= {"held_out": 0.0, "held_out_images": None}
+        log.info("models were measured already: none of these is held out")
     done = add_images(engine, call)
     settings.add_truth(engine.root, truth_node(call))
     return done

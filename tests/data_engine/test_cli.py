@@ -441,6 +441,20 @@ def test_an_automatic_shard_that_goes_before_the_store_knows_of_it_is_not_forgot
     assert path.read_bytes() == content
 
 
+def test_images_that_come_after_models_were_measured_are_all_labelled(
+    labelled: Engine, tmp_path: Path
+) -> None:
+    held_out = labelled.store.num_images(held_out=True)
+    for number in range(8):
+        picture = np.random.default_rng(number).integers(0, 255, (48, 64, 3), np.uint8)
+        PIL.Image.fromarray(picture).save(tmp_path / f"{number}.png")
+
+    assert call("register", f"root={labelled.root}", f"images={tmp_path}/*.png") == 0
+
+    assert labelled.store.num_images(held_out=True) == held_out
+    assert labelled.store.num_images(held_out=False) == 10 - held_out + 8
+
+
 def test_class_labels_travel_with_the_masks_and_every_file_says_where_it_is_from(
     begin: Begin,
 ) -> None:

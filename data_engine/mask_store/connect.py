@@ -33,7 +33,7 @@ REASONS = (
     ),
     ("readonly database", "cannot be written to: look at the rights of its file and folder"),
     ("unable to open", "cannot be opened: look at the rights of its file and folder"),
-    ("disk i/o error", "cannot be read or written: its disk reports an error"),
+    ("disk i/o error", "cannot be read or written: its disk is full or reports an error"),
 )
 
 

@@ -43,8 +43,8 @@ STEPS = (
     "num_images: 2},{stage: automatic, retrain: true}]"
 )
 SHORT_STEPS = "[{stage: assisted, num_images: 2, retrain: false},{stage: automatic, num_images: 3}]"
-MOST_S, SHORT_MOST_S = 6.0, 3.0
-"""CPU seconds after which a kill comes at the latest: a whole run takes some ten and four times as many."""
+MOST_S, SHORT_MOST_S = 12.0, 5.0
+"""CPU seconds after which a kill comes at the latest: a report alone takes four."""
 LARGE = ("models", "held_out", "rounds/*/shards", "rounds/*/checkpoints")
 """Folders in which nothing may be left of what a killed process was writing."""
 UNMEASURED = ["measure.clicks=null", "measure.proposals=null"]

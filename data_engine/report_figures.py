@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter, StrMethodFormatter
 
 from data_engine.agreement import SAME_OBJECT_IOU
 from data_engine.audit import IOU_BOUNDS, PAPER_SHARES
@@ -277,6 +277,8 @@ def _rejects(axes: Any, now: RoundNumbers) -> None:
         bars, [f"{value:,} ({value / total:.1%})" for value in values], padding=3, fontsize="small"
     )
     axes.set(xlabel=f"of {total:,} candidates", xlim=(0, 1.45 * max(max(values), 1)))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))  # long numbers want room
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.tick_params(axis="y", labelsize="small")
 
 

@@ -18,14 +18,6 @@ class UnknownTruthError(ValueError):
     """An image of which no ground truth is at hand; the message says where it was looked for."""
 
 
-def truth(image: Image) -> Sequence[Rle]:
-    """`known_truth`, or nothing where none is known."""
-    try:
-        return known_truth(image)
-    except UnknownTruthError:
-        return ()
-
-
 def known_truth(image: Image) -> Sequence[Rle]:
     """The masks of an image, (H, W) of the image each, by the JSON beside it in the shard that it lies in.
 

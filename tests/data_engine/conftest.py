@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import uuid
@@ -13,6 +14,7 @@ import psycopg
 import pytest
 from sqlalchemy.engine import make_url
 
+from data_engine.engine import Engine
 from data_engine.mask_store.store import Store, open_store
 from data_engine.records import Image
 from data_engine.tasks import Desk
@@ -22,6 +24,9 @@ from sam_train.convert.tar_writer import TarWriter
 from sam_train.data.shards import encode_record
 from sam_train.models.sam import Sam
 from sam_train.structures import ImageRecord
+
+sys.path.insert(0, str(Path(__file__).parent))
+import toy_engine
 
 SERVER = Path(__file__).with_name("throwaway_postgres.py")
 WriteShard = Callable[..., Path]
@@ -141,3 +146,54 @@ def stage_node() -> Callable[..., dict[str, Any]]:
         return config.plain(cfg.stage, resolve=True)
 
     return node
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, toy.ckpt, and ten scenes, scenes.tar."""
+    return toy_engine.write_toys(tmp_path_factory.mktemp("toys"))
+
+
+@pytest.fixture
+def begin(tmp_path: Path, toys: Path) -> Callable[..., Path]:
+    """`begin("{stage: ...}", ..., overrides=[...])`: the folder of a new engine; its images are in scenes.tar beside it.
+
+    Its models are not measured.
+    """
+
+    def begun(*steps: str, overrides: Sequence[str] = ()) -> Path:
+        chosen = [*toy_engine.UNMEASURED, *overrides]
+        return toy_engine.begun(tmp_path, toys, *steps, overrides=chosen)
+
+    return begun
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`refused("round", ...)`: calls, sees that it fails as a mistake does, and gives the sentence."""
+
+    def call_and_read(*argv: str) -> str:
+        capsys.readouterr()
+        assert toy_engine.call(*argv) == 2
+        (said,) = capsys.readouterr().err.strip().splitlines()[-1:]
+        assert said.startswith("data-engine: ")
+        return said
+
+    return call_and_read
+
+
+@pytest.fixture(scope="session")
+def labelled_once(tmp_path_factory: pytest.TempPathFactory, toys: Path) -> Path:
+    folder, steps = tmp_path_factory.mktemp("labelled"), (toy_engine.QUIET, toy_engine.AUTOMATIC)
+    root = toy_engine.begun(folder, toys, *steps, overrides=toy_engine.UNMEASURED)
+    assert toy_engine.simulated(root) == 0
+    assert toy_engine.simulated(root) == 0
+    return root
+
+
+@pytest.fixture
+def labelled(labelled_once: Path, tmp_path: Path) -> Iterator[Engine]:
+    """Three images by people, three by the model; a copy of one that was made elsewhere, as one may be moved."""
+    engine = Engine.open(shutil.copytree(labelled_once, tmp_path / "engine"))
+    yield engine
+    engine.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from data_engine import cli
 from data_engine.engine import DETECTOR, Engine
 from data_engine.shard_writer import finished
 from sam_train.data.sa1b import ShardSource
@@ -18,47 +16,22 @@ from sam_train.structures import ImageRecord
 
 sys.path.insert(0, str(Path(__file__).parent))
 import toy_engine
+from toy_engine import QUIET, call, simulated
 
 ASSISTED = "{stage: assisted, num_images: 3}"
-QUIET = "{stage: assisted, num_images: 3, retrain: false}"
 SEMI = "{stage: semi_automatic, num_images: 2}"
 AUTOMATIC = "{stage: automatic}"
 Begin = Callable[..., Path]
 
 
-@pytest.fixture(scope="session")
-def toys(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, toy.ckpt, and ten scenes, scenes.tar."""
-    folder = tmp_path_factory.mktemp("toys")
-    toy_engine.write_toy_model(folder / "toy.ckpt")
-    toy_engine.write_scenes(folder / "scenes.tar", 10)
-    return folder
-
-
 @pytest.fixture
 def begin(tmp_path: Path, toys: Path) -> Begin:
-    """`begin("{stage: ...}", ..., overrides=[...])`: the folder of a new engine of the ten scenes."""
+    """As everywhere, but that models are measured."""
 
     def begun(*steps: str, overrides: Sequence[str] = ()) -> Path:
-        root = tmp_path / "engine"
-        settings = toy_engine.toy_settings("toy_engine.InProcess", f"[{','.join(steps)}]")
-        shutil.copy(toys / "scenes.tar", tmp_path / "scenes.tar")
-        images = f"images={tmp_path / 'scenes.tar'}"
-        model = f"checkpoint={toys / 'toy.ckpt'}"
-        assert (
-            call("init", f"root={root}", images, model, "held_out=0.2", *settings, *overrides) == 0
-        )
-        return root
+        return toy_engine.begun(tmp_path, toys, *steps, overrides=["held_out=0.2", *overrides])
 
     return begun
-
-
-def call(*argv: str) -> int:
-    return cli.main(list(argv))
-
-
-def simulated(root: Path) -> int:
-    return call("round", f"root={root}", *toy_engine.ANNOTATOR)
 
 
 def records(folder: Path) -> list[ImageRecord]:

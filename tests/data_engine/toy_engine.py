@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
 
+from data_engine import cli as data_engine_cli
 from sam_train import cli, config
 from sam_train.checkpoints.formats import RECORD_KEY, checkpoint_payload
 from sam_train.convert.tar_writer import TarWriter
+from sam_train.data.sa1b import ShardSource
 from sam_train.data.shards import encode_record
 from sam_train.data.synthetic import SyntheticSource
 from sam_train.ops.files import write_atomically
@@ -115,3 +118,48 @@ def toy_settings(trainer: str, steps: str, max_steps: int = 1) -> list[str]:
         f"++plan.defaults.overrides=[{quoted}]",
         f"++plan.defaults.detector_overrides=[{quoted}]",
     ]
+
+
+QUIET = "{stage: assisted, num_images: 3, retrain: false}"
+AUTOMATIC = "{stage: automatic, num_images: 3}"
+UNMEASURED = ["held_out=0.3", "measure.clicks=null", "measure.proposals=null"]
+"""Measuring takes the longest here."""
+
+
+def write_toys(folder: Path) -> Path:
+    """A model, toy.ckpt, and ten scenes, scenes.tar."""
+    write_toy_model(folder / "toy.ckpt")
+    write_scenes(folder / "scenes.tar", 10)
+    return folder
+
+
+def begun(folder: Path, toys: Path, *steps: str, overrides: Sequence[str] = ()) -> Path:
+    """The folder of a new engine of the ten scenes, a copy of which lies beside it."""
+    shutil.copy(toys / "scenes.tar", folder / "scenes.tar")
+    settings = toy_settings("toy_engine.InProcess", f"[{','.join(steps)}]")
+    places = [f"images={folder / 'scenes.tar'}", f"checkpoint={toys / 'toy.ckpt'}"]
+    root = folder / "engine"
+    assert call("init", f"root={root}", *places, *settings, *overrides) == 0
+    return root
+
+
+def call(*argv: str) -> int:
+    """`data-engine`, in this process."""
+    return data_engine_cli.main(list(argv))
+
+
+def simulated(root: Path, *overrides: str) -> int:
+    """A round whose people are simulated."""
+    return call("round", f"root={root}", *ANNOTATOR, *overrides)
+
+
+def keys_of(place: Path) -> set[str]:
+    """The images of a shard, or of all shards of an engine."""
+    paths = [place] if place.is_file() else sorted(place.glob("rounds/*/shards/*.tar"))
+    return keys_at(ShardSource(path=[str(path) for path in paths]))
+
+
+def keys_at(source: ShardSource) -> set[str]:
+    """The images of a source."""
+    found = source.records(epoch=0, reader=0, num_readers=1, shuffle=False)
+    return {record.key for record in found}

@@ -86,6 +86,8 @@ class Teaching:
         embedding_weight: of the embeddings' error beside the losses of the prompts.
         gt_weight: in [0, 1]: how much of the prompts' loss looks at the ground truth; the rest looks at
             the teacher's answers.
+        truth_share: share of the run, to its end, in which the teacher is asked nothing more: steps are
+            as cheap as any training's, and the student may come past a teacher that knows less.
         answers: compares answers with the teacher's.
         train_decoder: the prompt encoder and the decoder, which are copied from the teacher, learn on
             when prompts are in the loop; else they stay the teacher's.
@@ -94,13 +96,19 @@ class Teaching:
     embeddings_share: float = 1.0
     embedding_weight: float = 1.0
     gt_weight: float = 0.0
+    truth_share: float = 0.0
     answers: TeacherLoss = field(default_factory=TeacherLoss)
     train_decoder: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("embeddings_share", "gt_weight"):
+        for name in ("embeddings_share", "gt_weight", "truth_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is in [0, 1], got {getattr(self, name)}")
+        if self.embeddings_share + self.truth_share > 1:
+            raise ValueError(
+                "embeddings_share and truth_share are of one run and come to 1 at most, got "
+                f"{self.embeddings_share} and {self.truth_share}"
+            )
         if self.embedding_weight < 0:
             raise ValueError(f"embedding_weight is 0 or more, got {self.embedding_weight}")
 
@@ -252,12 +260,16 @@ class Distillation(InteractiveTraining):
         return self
 
     def _loss(self, batch: ImageBatch) -> Tensor:
+        progress = self._progress_of_all()
         features = self.model.encode(batch.images, batch.input_sizes)
+        if self.teaching.truth_share > 0 and progress >= 1 - self.teaching.truth_share:
+            self.has_asked = True
+            return self._prompted_loss(features, batch)
         taught = self.teacher.encode(batch)
         errors = self.embedding_errors(features, taught, batch.input_sizes)
         error = errors.sum() / self._mean_over_ranks(len(errors))
         self.log("train/embedding_error", error.detach())
-        if self._progress_of_all() < self.teaching.embeddings_share:
+        if progress < self.teaching.embeddings_share:
             return error + self._nothing_left_out(NOT_ENCODED)
         self.has_asked = True
         peer = AskedTeacher(self.teacher.model, taught, self.teaching)

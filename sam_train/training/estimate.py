@@ -12,7 +12,7 @@ from sam_train.training.distillation import Distillation
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.machine_speed import Speed
 from sam_train.training.optim import parameter_table
-from sam_train.training.step_cost import Memory, Run, phases, step_cost
+from sam_train.training.step_cost import Memory, Run, heaviest_phase, phases, step_cost
 
 GIB = 2**30
 OVERHEAD = 1.5
@@ -41,7 +41,7 @@ def fitting_batch_size(
         masks = batch_size * run.num_masks
         masks = masks if most_masks is None else min(masks, most_masks)
         larger = replace(run, batch_size=batch_size, num_masks=masks)
-        return OVERHEAD * step_cost(module, larger, phases(module, larger)[-1]).memory.peak
+        return OVERHEAD * step_cost(module, larger, heaviest_phase(module, larger)).memory.peak
 
     one, two = peak(1), peak(2)
     if one > free_bytes:

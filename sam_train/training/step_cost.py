@@ -76,12 +76,14 @@ class Phase(NamedTuple):
         img_size: side of the images, pixels.
         num_played: masks that all passes are played on.
         num_guessed: first guesses.
+        asks_teacher: there is a teacher, if the training has one.
     """
 
     share: float
     img_size: int
     num_played: int
     num_guessed: int
+    asks_teacher: bool = True
 
 
 class Memory(NamedTuple):
@@ -110,24 +112,32 @@ class StepCost(NamedTuple):
 
 
 def phases(module: InteractiveTraining, run: Run) -> list[Phase]:
-    """The stretches of a run, the last of which needs the most memory."""
+    """The stretches of a run, in order."""
     teaching, side = module.first_guess, module.model.image_encoder.img_size
     alone = teaching.alone_share if teaching is not None else 0.0
     played = run.num_masks
     if teaching is not None and teaching.played_per_image is not None:
         played = min(played, run.batch_size * teaching.played_per_image)
     guessed = run.num_masks * teaching.prompts_per_mask if teaching is not None else 0
-    unasked = module.teaching.embeddings_share if isinstance(module, Distillation) else 0.0
-    bounds = sorted({0.0, alone, unasked, module.half_size_share, 1.0})
+    unasked, untaught = 0.0, 1.0
+    if isinstance(module, Distillation):
+        unasked, untaught = module.teaching.embeddings_share, 1 - module.teaching.truth_share
+    bounds = sorted({0.0, alone, unasked, untaught, module.half_size_share, 1.0})
     return [
         Phase(
             share=end - start,
             img_size=side // 2 if start < module.half_size_share else side,
             num_played=0 if start < max(alone, unasked) else played,
             num_guessed=0 if start < unasked else guessed,
+            asks_teacher=start < untaught,
         )
         for start, end in pairwise(bounds)
     ]
+
+
+def heaviest_phase(module: InteractiveTraining, run: Run) -> Phase:
+    """The stretch of a run that needs the most memory."""
+    return max(phases(module, run), key=lambda p: (p.img_size, p.num_played, p.asks_teacher))
 
 
 def step_cost(
@@ -200,7 +210,7 @@ class _Step:
         with self.ledger.part("image encoder"):
             features = self.model.encode(images, sizes)
         total, peer = torch.zeros(()), None
-        if isinstance(self.module, Distillation):
+        if isinstance(self.module, Distillation) and self.phase.asks_teacher:
             assert self.teacher is not None
             with self.ledger.part("teacher"):
                 taught = self._taught(features, images, sizes)

@@ -233,6 +233,33 @@ def test_images_of_half_the_size_are_shown_to_both(
     assert sides == [32, 64]
 
 
+def test_the_teacher_is_asked_nothing_more_when_the_truths_share_of_the_run_begins(
+    make: Make, blobs: ImageBatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = make(
+        "task.teaching.embeddings_share=0.25",
+        "task.teaching.truth_share=0.5",
+        "task.teaching.gt_weight=0",
+        "task.teaching.train_decoder=true",
+    )
+    encoded_at: list[int] = []
+    encode = training.teacher.model.encode
+
+    def noted(images: Tensor, sizes: Tensor) -> Any:
+        encoded_at.append(training.global_step)
+        return encode(images, sizes)
+
+    monkeypatch.setattr(training.teacher.model, "encode", noted)
+    before = weights(training)
+    watch = fit(training, [blobs] * 4)
+
+    assert encoded_at == [0, 1]
+    after = weights(training)
+    decoder = "mask_decoder.iou_token.weight"
+    assert not torch.equal(before[decoder], after[decoder])
+    assert watch.logged[-1]["train/loss"] > 0, "by the ground truth, whatever gt_weight was before"
+
+
 def test_embeddings_from_a_cache_are_those_that_are_computed(
     toy_teacher: Path, blobs: ImageBatch, tmp_path: Path
 ) -> None:
@@ -269,6 +296,10 @@ def fill(folder: Path, teacher: Teacher, batch: ImageBatch, embeddings: Tensor) 
         (["model.image_encoder.high_res_chans=16"], "set model.image_encoder.high_res_chans=32"),
         (["model.mask_decoder.transformer.depth=1"], "mask_decoder.*settings of the teacher's"),
         (["task.teaching.embeddings_share=2"], r"embeddings_share is in \[0, 1\], got 2"),
+        (
+            ["task.teaching.embeddings_share=0.6", "task.teaching.truth_share=0.5"],
+            r"come to 1 at most, got 0\.6 and 0\.5",
+        ),
         (["teacher.cache=none"], "no embeddings of this encoder"),
     ],
 )

@@ -16,7 +16,7 @@ from sam_train.training.finetune import freeze
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.ledger import Operation
 from sam_train.training.machine_speed import Speed, measure_speed
-from sam_train.training.step_cost import Phase, Run, StepCost, phases, step_cost
+from sam_train.training.step_cost import Phase, Run, StepCost, heaviest_phase, phases, step_cost
 
 Cost = Callable[..., StepCost]
 VIT = [
@@ -262,6 +262,23 @@ def test_a_teachers_weights_and_answers_are_counted_and_kept_for_nothing(
     assert 0 < flops[0] < flops[1], "its encoder, and then its answers"
     kept = asked.memory.kept
     assert kept.get("teacher", 0) < kept["image encoder"] and kept["decoder passes"] > 0
+
+
+def test_a_teacher_costs_no_more_once_the_truth_alone_is_learnt(
+    toy: list[str], toy_teacher: Path
+) -> None:
+    shares = ("task.teaching.embeddings_share=0.25", "task.teaching.truth_share=0.5")
+    module = taught(toy, toy_teacher, *shares)
+    run = Run(batch_size=2, num_masks=4)
+    found = phases(module, run)
+    assert [(p.share, p.num_played, p.asks_teacher) for p in found] == [
+        (0.25, 0, True),
+        (0.25, 4, True),
+        (0.5, 4, False),
+    ]
+    cost = step_cost(module, run, found[-1])
+    assert not [op for op in cost.operations if op.part.startswith("teacher")]
+    assert heaviest_phase(module, run) == found[1]
 
 
 def test_embeddings_from_a_cache_cost_the_teacher_no_arithmetic(

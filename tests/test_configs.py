@@ -52,6 +52,7 @@ TOLD = {
     "finetune": ["checkpoint=own.ckpt", "data.path=own.tar"],
     "retrain": ["checkpoint=own.ckpt", "data.path=own.tar"],
     "retrain_small": ["checkpoint=own.ckpt", "data.path=own.tar"],
+    "retrain_natural": ["checkpoint=own.ckpt", "data.path=own.tar"],
     "sa1b_automatic": ["data.path=own.tar"],
 }
 """What only the user of a recipe can say."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,15 @@ from omegaconf import DictConfig
 from data_engine import settings
 from data_engine.code_version import code_version
 from data_engine.engine import SAM, Engine, only_one
+from data_engine.image_copies import FOLDER, Copies
 from data_engine.image_finding import find_images
 from data_engine.images import Registration, register
 from data_engine.measure import HELD_OUT
 from data_engine.model_files import keep_sam
 from data_engine.plan import read_steps
 from data_engine.plan_check import check_steps
-from data_engine.records import Model
-from data_engine.truth import UnknownTruthError
+from data_engine.records import Image, Model, Rle
+from data_engine.truth import Truths, UnknownTruthError
 from sam_train import config
 from sam_train.ops.files import write_atomically
 
@@ -31,7 +33,7 @@ log = logging.getLogger(__name__)
 FIRST_MODEL = Path("models") / "first.ckpt"
 BEGUN = "init.yaml"
 """What an `init` under way was told, until `engine.yaml` is there."""
-LEFTOVERS = ("models", "engine.sqlite", f".{settings.FILE}.", BEGUN, f".{BEGUN}.", ".lock")
+LEFTOVERS = ("models", FOLDER, "engine.sqlite", f".{settings.FILE}.", BEGUN, f".{BEGUN}.", ".lock")
 """How names begin of what an `init` that was broken off may have left."""
 COCO_TRUTH = "data_engine.truth.CocoTruth"
 LOOKED_AT = 20
@@ -103,6 +105,7 @@ def _begin(engine: Engine) -> None:
         )
     if path.exists() and path.read_text(encoding="utf-8") != told:
         store.forget_images()
+        shutil.rmtree(engine.root / FOLDER, ignore_errors=True)
     write_atomically(path, told)
 
 
@@ -146,19 +149,31 @@ def add_images(engine: Engine, call: Mapping[str, Any]) -> Registration:
 
     Args:
         engine: see there.
-        call: `images`, `annotations`, `held_out`, `held_out_images` and `held_out_annotations`.
+        call: `images`, `annotations`, `held_out`, `held_out_images`, `held_out_annotations` and `copy`.
     """
     apart, share = call["held_out_images"], float(call["held_out"])
+    copies = (
+        Copies(folder=engine.root / FOLDER, truth=_truth(engine, call)) if call["copy"] else None
+    )
     if apart is not None:
         found = find_images(apart, call["held_out_annotations"])
-        register(engine.store, found, held_out=1.0, clock=engine.clock)
+        register(engine.store, found, held_out=1.0, copies=copies, clock=engine.clock)
         share = 0.0
     return register(
         engine.store,
         find_images(call["images"], call["annotations"]),
         held_out=share,
+        copies=copies,
         clock=engine.clock,
     )
+
+
+def _truth(engine: Engine, call: Mapping[str, Any]) -> Callable[[Image], Sequence[Rle]]:
+    """What knows the masks of the images of a call: those of a COCO file that it names, too."""
+    node = truth_node(call)
+    if node is None:
+        return engine.truth
+    return Truths(of=[config.instantiate(node), engine.truth])
 
 
 def add_more_images(engine: Engine) -> Registration:

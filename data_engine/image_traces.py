@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_engine.engine import Engine
+from data_engine.image_copies import copies_of
 from data_engine.mask_store.lineage import everything_from, tombstones
 from data_engine.measure import HELD_OUT
 from data_engine.records import Lineage
@@ -28,6 +29,7 @@ class Traces:
         key: its name in shards.
         lineage: its rows, and the shards and models that these lead to.
         shards: files that hold it, of the engine's own: those of rounds, held-out ones, inputs of a stage.
+        copies: its file in the engine's folder, where images are copied.
         embeddings: files of it, encoded.
         pictures: files that may show it.
     """
@@ -35,6 +37,7 @@ class Traces:
     key: str
     lineage: Lineage
     shards: tuple[str, ...]
+    copies: tuple[str, ...]
     embeddings: tuple[str, ...]
     pictures: tuple[str, ...]
 
@@ -47,6 +50,7 @@ class Traces:
             "rounds": tuple(map(str, own.rounds)),
             "shards": self.shards,
             "models that have learnt from it": own.models,
+            "copies": self.copies,
             "embeddings": self.embeddings,
             "pictures that may show it": self.pictures,
         }
@@ -74,6 +78,7 @@ def traces(engine: Engine, name: str) -> Traces:
         key=key,
         lineage=lineage,
         shards=tuple(map(engine.relative, shards)),
+        copies=tuple(map(engine.relative, copies_of(engine.root, image_id))),
         embeddings=tuple(map(engine.relative, embeddings(engine, image_id))),
         pictures=tuple(sorted(map(engine.relative, pictures))),
     )

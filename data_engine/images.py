@@ -1,4 +1,4 @@
-"""Registers images by what is in their files, and reads them where they lie; nothing is copied."""
+"""Registers images by what is in their files, and reads them where they lie."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import numpy as np
 from sqlalchemy.exc import IntegrityError
@@ -69,11 +70,24 @@ class Registration:
         return ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "no image"
 
 
+class Copying(Protocol):
+    """`data_engine.image_copies.Copies`."""
+
+    def has(self, image: Image) -> bool:
+        """Whether an image is registered as a copy."""
+        ...
+
+    def keep(self, image: Image) -> Image:
+        """Copies an image and returns it as it is to be registered."""
+        ...
+
+
 def register(
     store: Store,
     found: Iterable[Found],
     *,
     held_out: float = 0.0,
+    copies: Copying | None = None,
     num_threads: int = 4,
     clock: Callable[[], float] = time.time,
 ) -> Registration:
@@ -85,6 +99,7 @@ def register(
         found: as `find_images` gives them.
         held_out: share of them to keep for measuring, in [0, 1]. An image's hash decides, so the choice
             is the same each time and on every machine.
+        copies: keeps copies, which are then what is registered; None copies nothing.
         num_threads: that read and decode.
         clock: seconds since 1970.
     """
@@ -93,7 +108,7 @@ def register(
     result = Registration()
     done = tqdm(_examined(found, num_threads), unit=" images", desc="register", dynamic_ncols=True)
     for chunk in chunks(done, CHUNK):
-        _register_chunk(store, chunk, held_out, clock(), result)
+        _register_chunk(store, chunk, held_out, copies, clock(), result)
     log.info("registered in %s: %s", store.name, result)
     return result
 
@@ -142,7 +157,12 @@ def _examine(found: Found) -> _Examined:
 
 
 def _register_chunk(
-    store: Store, chunk: list[_Examined], held_out: float, now: float, result: Registration
+    store: Store,
+    chunk: list[_Examined],
+    held_out: float,
+    copies: Copying | None,
+    now: float,
+    result: Registration,
 ) -> None:
     whole = [one for one in chunk if not one.broken]
     for one in chunk:
@@ -161,19 +181,19 @@ def _register_chunk(
         elif other is not None:
             if held_out == 1 and not other.held_out:
                 log.warning("%s is not held out: it was registered to be labelled", one.found.name)
-            known[one.image_id] = _meet_again(store, one, other, result)
+            known[one.image_id] = _meet_again(store, one, other, copies, result)
         elif one.image_id in new:
             twins.append(one)
         else:
             new[one.image_id] = one
-    num_new, keys = _add_named(store, list(new.values()), held_out, now)
+    num_new, keys = _add_named(store, list(new.values()), held_out, copies, now)
     result.num_new += num_new
     for one in twins:
         _note_duplicate(one, keys[one.image_id], result)
 
 
 def _add_named(
-    store: Store, new: list[_Examined], held_out: float, now: float
+    store: Store, new: list[_Examined], held_out: float, copies: Copying | None, now: float
 ) -> tuple[int, dict[str, str]]:
     """Adds images by names that are free; others that register at this moment may take one.
 
@@ -187,7 +207,8 @@ def _add_named(
         for one in new:
             key = next(key for key in _keys(one) if taken.get(key, one.image_id) == one.image_id)
             taken[key] = one.image_id
-            images.append(_image(one, key, held_out, now))
+            image = _image(one, key, held_out, now)
+            images.append(image if copies is None else copies.keep(image))
         try:
             return store.add_images(images), {image.id: image.key for image in images}
         except IntegrityError:
@@ -223,15 +244,20 @@ def _image(one: _Examined, key: str, held_out: float, now: float) -> Image:
     )
 
 
-def _meet_again(store: Store, one: _Examined, other: Image, result: Registration) -> Image:
+def _meet_again(
+    store: Store, one: _Examined, other: Image, copies: Copying | None, result: Registration
+) -> Image:
     """The same bytes as an image that is registered: the same file, a copy, or it was moved.
 
     Returns:
         The image as it is now registered.
     """
     here = (one.found.path, one.found.member, one.found.offset)
-    if here == (other.path, other.member, other.offset):
+    if here == (other.path, other.member, other.offset) or (copies and copies.has(other)):
         result.num_known += 1
+        if copies and not copies.has(other):
+            other = copies.keep(other)
+            store.put_image(other)
         return other
     path = local_path(other.path)
     if here[:2] == (other.path, other.member) or (path is not None and not os.path.exists(path)):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from data_engine.engine import Engine, only_one
+from data_engine.image_copies import copies_of
 from data_engine.image_traces import (
     embeddings,
     holds,
@@ -72,7 +73,9 @@ class Removed(NamedTuple):
                 f"These models have learnt from it, and only training anew without it helps: "
                 f"{', '.join(stone.models)}."
             )
-        lines.append("Its own file is untouched, and so are copies and backups made before.")
+        lines.append(
+            "The file that it was registered from is untouched, and so are backups made before."
+        )
         return "\n".join(lines)
 
 
@@ -100,8 +103,8 @@ def remove(engine: Engine, name: str, *, reason: str, who: str) -> Removed:
         listed = {engine.path(shard.path) for shard in engine.store.shards()}
         for path in shard_files(engine):
             num_shards += path not in listed and _clean_other(path, key)
-        for encoded in embeddings(engine, image_id):
-            encoded.unlink(missing_ok=True)
+        for path in (*embeddings(engine, image_id), *copies_of(engine.root, image_id)):
+            path.unlink(missing_ok=True)
         _write_reports(engine)
     return Removed(stone, num_shards, num_pictures)
 

@@ -58,6 +58,7 @@ class _Kinds(msgspec.Struct, kw_only=True):
     truth: Node | None = None
     config_dir: str | None = None
     held_out: Share
+    copy: bool
     seed: int
     embeddings_ahead: bool
     device: str

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from data_engine.records import Image, Rle
 from sam_train.data.coco import CocoItems
 from sam_train.data.sa1b import is_wanted
 from sam_train.data.shards import decode_record
-from sam_train.data.tar_samples import read_samples
+from sam_train.data.tar_samples import local_path, read_samples
 
 
 class UnknownTruthError(ValueError):
@@ -19,40 +20,53 @@ class UnknownTruthError(ValueError):
 
 
 def known_truth(image: Image) -> Sequence[Rle]:
-    """The masks of an image, (H, W) of the image each, by the JSON beside it in the shard that it lies in.
+    """The masks of an image, (H, W) of the image each, by the JSON beside it, as SA-1B has it.
 
     Raises:
-        UnknownTruthError: it lies in no shard, or there without a JSON, or the JSON is damaged.
+        UnknownTruthError: there is no JSON in its shard or folder, or it is damaged.
         OSError: the shard is gone.
     """
     if image.member is None:
-        raise UnknownTruthError(
-            f"{image.path} is no shard, so no ground truth is known: register shards (sam-convert "
-            "makes them), or name a COCO file (truth=)"
-        )
+        return _beside(image)
     place = f"{image.member} of {image.path}"
     for sample in read_samples(image.path, is_wanted, image.offset or 0):
         if image.member not in {f"{sample.key}.{suffix}" for suffix in sample.files}:
             continue
         if "json" not in sample.files:
             raise UnknownTruthError(f"{place} has no JSON, so no ground truth")
-        try:
-            record = decode_record(sample.key, sample.files)
-        except ValueError as error:
-            raise UnknownTruthError(f"the ground truth of {place} is unusable: {error}") from None
-        if record.size != image.size:
-            raise UnknownTruthError(
-                f"{place} is {image.size} pixels (height, width), its JSON says {record.size}"
-            )
-        return [annotation.rle for annotation in record.annotations]
+        return _read(image, sample.files, place)
     raise UnknownTruthError(f"{place} is not there any more, so no ground truth is known")
+
+
+def _beside(image: Image) -> Sequence[Rle]:
+    path = local_path(image.path)
+    beside = None if path is None else Path(path).with_suffix(".json")
+    if beside is None or not beside.is_file():
+        raise UnknownTruthError(
+            f"{image.path} has no JSON of SA-1B beside it, so no ground truth is known: register shards "
+            "(sam-convert makes them), or name a COCO file (truth=)"
+        )
+    # Of the image nothing is read.
+    return _read(image, {"jpg": b"", "json": beside.read_bytes()}, image.path)
+
+
+def _read(image: Image, files: Mapping[str, bytes], place: str) -> Sequence[Rle]:
+    try:
+        record = decode_record(image.key, files)
+    except ValueError as error:
+        raise UnknownTruthError(f"the ground truth of {place} is unusable: {error}") from None
+    if record.size != image.size:
+        raise UnknownTruthError(
+            f"{place} is {image.size} pixels (height, width), its JSON says {record.size}"
+        )
+    return [annotation.rle for annotation in record.annotations]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CocoTruth:
     """The same of images that were registered from a COCO file; called as `known_truth` is.
 
-    Those that lie in shards have theirs beside them there.
+    Those that it does not know may have theirs beside them: they lie in shards, or were copied.
 
     Attributes:
         images: the folder that `file_name` is looked for in, as for `init`.
@@ -69,11 +83,16 @@ class CocoTruth:
             UnknownTruthError: the file has no usable annotation of it.
             FileNotFoundError, ValueError: it is no COCO file.
         """
-        if image.member is not None:
-            return known_truth(image)
-        number = self._numbers.get(image.path)
+        number = None if image.member is not None else self._numbers.get(image.path)
         if number is None:
-            raise UnknownTruthError(f"{self.annotations} has no annotation of {image.path}")
+            try:
+                return known_truth(image)
+            except UnknownTruthError as error:
+                if image.member is not None:
+                    raise
+                raise UnknownTruthError(
+                    f"{self.annotations} has no annotation of {image.path}"
+                ) from error
         return [annotation.rle for annotation in self._items.record(number).annotations]
 
     @cached_property

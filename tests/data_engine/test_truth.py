@@ -44,7 +44,7 @@ def test_of_an_image_without_known_masks_the_reason_is_said(
 
     with pytest.raises(UnknownTruthError, match="no JSON"):
         known_truth(bare)
-    with pytest.raises(UnknownTruthError, match="no shard"):
+    with pytest.raises(UnknownTruthError, match="no JSON of SA-1B beside it"):
         known_truth(alone)
 
 

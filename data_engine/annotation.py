@@ -17,7 +17,7 @@ from data_engine.plan_check import stage_node
 from data_engine.records import Image, Round, Task
 from data_engine.round_parts import Outcome, Waiting
 from data_engine.simulated_annotator import FIRST_NAME, SimulatedAnnotator, WorkDone
-from data_engine.stages.assisted import AssistedStage
+from data_engine.stages.assisted import AssistedStage, Look
 from data_engine.stages.semi_automatic import (
     BoxSource,
     CocoBoxes,
@@ -41,11 +41,13 @@ def hand_out(engine: Engine, round_: Round, step: Step) -> Outcome:
     predictor = predictor_of(engine, round_)
     known = {task.image_id for task in engine.store.tasks(round=round_.number, stage=round_.stage)}
     missing = [image for image in images if image.id not in known]
-    for lot in chunks(_tasks(engine, round_, step, missing, predictor), TASKS_AT_ONCE):
+    ahead = Embeddings(embeddings_folder(engine, round_), predictor)
+    look = ahead.set_and_keep if engine.settings["embeddings_ahead"] else None
+    for lot in chunks(_tasks(engine, round_, step, missing, predictor, look), TASKS_AT_ONCE):
         engine.desk.add_tasks(lot)
         log.info("round %d: %d tasks more", round_.number, len(lot))
     if engine.settings["embeddings_ahead"]:
-        Embeddings(embeddings_folder(engine, round_), predictor).ahead(images)
+        ahead.ahead(images)
     return {"tasks": len(images), "stage": stage_node(engine.settings, step)}
 
 
@@ -125,14 +127,19 @@ def _images(engine: Engine, round_: Round, step: Step) -> list[Image]:
 
 
 def _tasks(
-    engine: Engine, round_: Round, step: Step, images: Sequence[Image], predictor: SamPredictor
+    engine: Engine,
+    round_: Round,
+    step: Step,
+    images: Sequence[Image],
+    predictor: SamPredictor,
+    look: Look | None,
 ) -> Iterator[Task]:
     stage: Any = config.instantiate(stage_node(engine.settings, step))
     if isinstance(stage, AssistedStage):
-        return stage.tasks(round_.number, images, predictor)
+        return stage.tasks(round_.number, images, predictor, look)
     assert isinstance(stage, SemiAutomaticStage)
     boxes = _boxes(engine, round_, step, images, predictor)
-    return stage.tasks(round_.number, images, predictor, boxes, round_.model_id)
+    return stage.tasks(round_.number, images, predictor, boxes, round_.model_id, look)
 
 
 def _boxes(

@@ -35,16 +35,33 @@ class Embeddings:
         """
         missing = [image for image in images if not self._path(image).is_file()]
         for image in missing:
-            self._predictor.set_image(image_pixels(image))
-            self._predictor.save_embedding(self._path(image))
+            self._encode(image, image_pixels(image))
         return len(missing)
 
     def set(self, image: Image, pixels: np.ndarray) -> None:
         """Sets the predictor to an image, by its file or, where that is missing or damaged, by encoding it."""
+        if not self._is_loaded(image):
+            self._predictor.set_image(pixels)
+
+    def set_and_keep(self, image: Image, pixels: np.ndarray) -> None:
+        """The same, and keeps what was computed.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        if not self._is_loaded(image):
+            self._encode(image, pixels)
+
+    def _is_loaded(self, image: Image) -> bool:
         try:
             self._predictor.load_embedding(self._path(image))
         except (FileNotFoundError, EmbeddingError):
-            self._predictor.set_image(pixels)
+            return False
+        return True
+
+    def _encode(self, image: Image, pixels: np.ndarray) -> None:
+        self._predictor.set_image(pixels)
+        self._predictor.save_embedding(self._path(image))
 
     def _path(self, image: Image) -> Path:
         return self._folder / f"{image.id}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,6 +19,8 @@ from sam_train.inference.prompt_groups import decode_in_passes
 from sam_train.structures import FOREGROUND, ImageFeatures
 
 Queue = Literal["prominence", "uncertainty"]
+Look = Callable[[Image, np.ndarray], None]
+"""Sets a predictor to an image, given its pixels."""
 GRID_SIDE = 8
 """Points a side of the grid that tells how sure a model is of an image."""
 
@@ -41,16 +43,24 @@ class AssistedStage:
             raise ValueError(f"move_on_after_s is above 0, or null, got {self.move_on_after_s}")
 
     def tasks(
-        self, round_number: int, images: Sequence[Image], predictor: SamPredictor | None
+        self,
+        round_number: int,
+        images: Sequence[Image],
+        predictor: SamPredictor | None,
+        look: Look | None = None,
     ) -> Iterator[Task]:
-        """See `assisted_tasks`."""
+        """See `assisted_tasks`; `look` sets the predictor, by default through its encoder."""
         for image in images:
+            pixels, is_set = image_pixels(image), False
+            if look is not None and self.queue == "uncertainty":
+                look(image, pixels)
+                is_set = True
             yield Task(
                 id=task_id("assisted", round_number, image),
                 round=round_number,
                 stage="assisted",
                 image_id=image.id,
-                priority=priority(image_pixels(image), self.queue, predictor),
+                priority=priority(pixels, self.queue, predictor, is_set=is_set),
                 payload={"move_on_after_s": self.move_on_after_s},
             )
 
@@ -101,7 +111,9 @@ def task_id(stage: str, round_number: int, image: Image) -> str:
     return f"{stage}-{round_number:03d}-{image.id}"
 
 
-def priority(pixels: np.ndarray, queue: str, predictor: SamPredictor | None) -> float:
+def priority(
+    pixels: np.ndarray, queue: str, predictor: SamPredictor | None, *, is_set: bool = False
+) -> float:
     """How early an image is handed out: higher goes first.
 
     Args:
@@ -109,6 +121,7 @@ def priority(pixels: np.ndarray, queue: str, predictor: SamPredictor | None) -> 
         queue: `prominence`: by the most prominent thing in it, told without a model. `uncertainty`: one
             less the mean predicted IoU of the best mask for each point of a grid.
         predictor: left with this image set by `uncertainty`, else not asked.
+        is_set: the predictor is set to this image already.
 
     Raises:
         ValueError: `uncertainty` has no predictor.
@@ -119,7 +132,8 @@ def priority(pixels: np.ndarray, queue: str, predictor: SamPredictor | None) -> 
         raise ValueError(
             "queue=uncertainty asks the current model: give assisted_tasks a predictor"
         )
-    predictor.set_image(pixels)
+    if not is_set:
+        predictor.set_image(pixels)
     return 1.0 - float(_predicted_ious(predictor).amax(1).mean())
 
 

@@ -19,7 +19,7 @@ from torchvision.ops import nms
 from data_engine.images import image_pixels
 from data_engine.mask_store.store import Store
 from data_engine.records import Image, Task
-from data_engine.stages.assisted import Queue, check_queue, priority, registered, task_id
+from data_engine.stages.assisted import Look, Queue, check_queue, priority, registered, task_id
 from sam_train.data.coco_boxes import read_coco_boxes
 from sam_train.inference.predictor import SamPredictor
 from sam_train.inference.prompted import ObjectPrompt, answer_set
@@ -154,12 +154,16 @@ class SemiAutomaticStage:
         predictor: SamPredictor,
         boxes: BoxSource,
         model_id: str | None = None,
+        look: Look | None = None,
     ) -> Iterator[Task]:
-        """See `semi_automatic_tasks`."""
+        """See `semi_automatic_tasks`; `look` sets the predictor, by default through its encoder."""
         for image in images:
             pixels = image_pixels(image)
-            rank = priority(pixels, self.queue, predictor)
-            predictor.set_image(pixels)
+            if look is None:
+                predictor.set_image(pixels)
+            else:
+                look(image, pixels)
+            rank = priority(pixels, self.queue, predictor, is_set=True)
             shown = self.confident_masks(predictor, boxes(image, pixels, predictor))
             yield Task(
                 id=task_id("semi_automatic", round_number, image),

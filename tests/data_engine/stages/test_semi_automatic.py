@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from data_engine.embeddings import Embeddings
 from data_engine.image_finding import find_images
 from data_engine.images import register
 from data_engine.mask_store.store import Store
 from data_engine.records import Image
+from data_engine.stages.assisted import AssistedStage, Queue
 from data_engine.stages.semi_automatic import (
     CocoBoxes,
     DetectorBoxes,
@@ -81,6 +83,38 @@ def test_boxes_of_a_coco_results_file_become_masks_in_the_task(
         assert all(abs(one["box_score"] - 0.9) < 1e-6 for one in shown)
         assert all(rle.size_of(one["rle"]) == image.size for one in shown)
         assert json.loads(json.dumps(task.payload)) == task.payload
+
+
+@pytest.mark.parametrize("queue", ["prominence", "uncertainty"])
+def test_each_image_goes_through_the_encoder_once_and_what_comes_out_is_kept(
+    store: Store,
+    images: list[Image],
+    predictor: SamPredictor,
+    results: Path,
+    tmp_path: Path,
+    queue: Queue,
+) -> None:
+    ahead = Embeddings(tmp_path / "embeddings", predictor)
+    boxes = CocoBoxes(results)
+    stages = replace(ALL, queue=queue), AssistedStage(queue=queue)
+    expected = [
+        list(stages[0].tasks(1, images, predictor, boxes)),
+        list(stages[1].tasks(1, images, predictor)),
+    ]
+    passes: list[int] = []
+    encoder = predictor.model.image_encoder
+    handle = encoder.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        found = [
+            list(stages[0].tasks(1, images, predictor, boxes, look=ahead.set_and_keep)),
+            list(stages[1].tasks(1, images, predictor, look=ahead.set_and_keep)),
+        ]
+        assert ahead.ahead(images) == 0
+    finally:
+        handle.remove()
+
+    assert len(passes) == len(images)
+    assert found == expected
 
 
 def test_only_confident_masks_are_shown(

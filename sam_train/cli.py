@@ -52,9 +52,12 @@ def evaluate(cfg: DictConfig) -> None:
             "data.val_path=PATH names others"
         )
     protocol = config.instantiate(cfg.protocol)
-    model = load_model(cfg.checkpoint, device=cli_common.device(cfg.device))
+    device = cli_common.device(cfg.device)
+    asked_in = cli_common.precision(str(cfg.precision), device)
+    model = load_model(cfg.checkpoint, device=device)
     folder = _evaluated_run(cfg) / "eval" / cfg.name
-    result = protocol.run(model, source, folder, checkpoint=str(cfg.checkpoint))
+    with asked_in:
+        result = protocol.run(model, source, folder, checkpoint=str(cfg.checkpoint))
     cli_common.print_result(result)
     print(f"See {folder}")
 
@@ -150,14 +153,19 @@ def segment(cfg: DictConfig) -> None:
         max_pixels=cfg.max_pixels,
     )
     files.find()  # a mistyped path is better known before the model is read
-    model = load_model(cfg.checkpoint, device=cli_common.device(cfg.device), img_size=cfg.img_size)
+    device = cli_common.device(cfg.device)
+    asked_in = cli_common.precision(str(cfg.precision), device)
+    model = load_model(cfg.checkpoint, device=device, img_size=cfg.img_size)
     segmenter = config.instantiate(cfg.mode, model=model)
     made_with = {
         "checkpoint": str(cfg.checkpoint),
         "model": model_id(model),
         "mode": config.plain(cfg.mode, resolve=True),
     }
-    print(files.run(segmenter, made_with))
+    if cfg.precision != cli_common.FULL:
+        made_with["precision"] = cfg.precision
+    with asked_in:
+        print(files.run(segmenter, made_with))
     if hasattr(segmenter, "report") and segmenter.report.points:
         print(segmenter.report)
 
@@ -173,8 +181,11 @@ def _tune(cfg: DictConfig) -> None:
     cli_common.prepare_host()
     config.pin(cfg)
     source, tuning = config.instantiate(cfg.data.val), config.instantiate(cfg.tuning)
-    model = load_model(cfg.checkpoint, device=cli_common.device(cfg.device), img_size=cfg.img_size)
-    print(tuning.run(model, source, Path(cfg.out) / "tuning.json"))
+    device = cli_common.device(cfg.device)
+    asked_in = cli_common.precision(str(cfg.precision), device)
+    model = load_model(cfg.checkpoint, device=device, img_size=cfg.img_size)
+    with asked_in:
+        print(tuning.run(model, source, Path(cfg.out) / "tuning.json"))
 
 
 def export(cfg: DictConfig) -> None:

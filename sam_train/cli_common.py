@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sam_train import allocator
+
+FULL = "32-true"
+PRECISIONS = (FULL, "bf16-mixed", "16-mixed")
+"""Lightning's names, as of `trainer.precision`."""
 
 
 def prepare_host() -> None:
@@ -33,6 +38,22 @@ def device(name: str) -> str:
             f"expected device=cpu, cuda, cuda:1 or auto, got {name}: {reason}"
         ) from None
     return name
+
+
+def precision(name: str, device: str) -> AbstractContextManager[object]:
+    """What a model is asked within, so that products are taken in the precision that `precision=` names.
+
+    Raises:
+        ValueError: there is no such precision.
+    """
+    import torch
+
+    if name not in PRECISIONS:
+        raise ValueError(f"precision is one of {', '.join(PRECISIONS)}, got {name}")
+    if name == FULL:
+        return nullcontext()
+    dtype = torch.bfloat16 if name.startswith("bf16") else torch.float16
+    return torch.autocast(torch.device(device).type, dtype)
 
 
 def print_result(result: Any) -> None:

@@ -124,7 +124,16 @@ def runs_now() -> bool:
 
 
 def is_plain_cpu(x: Tensor) -> bool:
-    """Whether such tensors are numbers in the memory of this machine, here and now, in full precision.
+    """Whether such tensors are numbers in the memory of this machine, here and now, in full precision."""
+    return (
+        is_on_cpu_now(x)
+        and x.dtype in (torch.float32, torch.float64)
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_on_cpu_now(x: Tensor) -> bool:
+    """The same in any precision.
 
     A compiler has its own choice of kernels, an exported graph no loops, a transform no rule for them.
     """
@@ -133,8 +142,6 @@ def is_plain_cpu(x: Tensor) -> bool:
         and type(x)
         in (Tensor, nn.Parameter)  # fake tensors and other subclasses have their own ways
         and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.float64)
-        and not torch.is_autocast_enabled("cpu")
     )
 
 

@@ -297,6 +297,10 @@ def test_the_command_segments_and_says_what_is_wrong(
     assert "3 images, " in capsys.readouterr().out
     assert run("mode=points", "points=[[10,12,1],[3,4,0]]") == 0
     assert "3 images were done before" in capsys.readouterr().out
+    half = ("mode=points", "points=[[10,12,1],[3,4,0]]", "precision=bf16-mixed")
+    for said in ("3 images, ", "3 images were done before"):
+        assert run(*half) == 0
+        assert said in capsys.readouterr().out
     assert run("mode=boxes", "boxes=[[1,2,15,20]]", f"out={tmp_path}/boxes") == 0
     assert (tmp_path / "boxes/masks/more/c.json").is_file()
     for arguments, message in (
@@ -305,6 +309,10 @@ def test_the_command_segments_and_says_what_is_wrong(
         (["mode=points", "points=[[1,2,1]]", "boxes=[[1,2,3,4]]"], "boxes= is of mode=boxes"),
         (["mode=points", "points=[[1,2]]"], "points=[[x,y,label],...]"),
         (["mode=boxes", "boxes=[[1,2,3]]"], "boxes=[[x0,y0,x1,y1],...]"),
+        (
+            ["mode=points", "points=[[1,2,1]]", "precision=8"],
+            "one of 32-true, bf16-mixed, 16-mixed",
+        ),
         (["mode=points", "points=[[900,2,1]]", f"out={tmp_path}/x"], "lies outside"),
         (["mode=points", "points=[[1,2,1]]", f"images={folder}/none"], "no such folder"),
     ):

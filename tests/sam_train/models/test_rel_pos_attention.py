@@ -51,6 +51,34 @@ def test_every_form_and_its_gradients_are_those_of_stored_scores(
         assert relative_error(one, other) < 1e-5
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_bfloat16_on_the_cpu_is_as_near_as_stored_scores_in_it(
+    inputs, autocast, relative_error, monkeypatch
+):
+    monkeypatch.setattr(module, "STORED_TOKENS", 1)
+    monkeypatch.setattr(module, "CACHE_FLOATS", 10 * SIZE[0] * SIZE[1])
+    pull = torch.randn(6, SIZE[0] * SIZE[1], 16)
+    expected = stored(*inputs)
+    of_expected = torch.autograd.grad((expected * pull).sum(), inputs)
+    halves = [x.detach().bfloat16().requires_grad_() for x in inputs]
+
+    def answer(attend):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            got = attend(*halves)
+        return got, torch.autograd.grad((got.float() * pull).sum(), halves)
+
+    got, gradients = answer(unstored)
+    plain, of_plain = answer(stored)
+
+    assert got.dtype == plain.dtype == torch.bfloat16
+    assert {x.dtype for x in gradients} == {torch.bfloat16}
+    for one, other, right in zip(
+        (got, *gradients), (plain, *of_plain), (expected, *of_expected), strict=True
+    ):
+        assert not torch.equal(one, other), "not the same kernels"
+        assert relative_error(one.float(), right) < 1.3 * relative_error(other.float(), right)
+
+
 def test_no_tensor_of_all_scores_is_kept_for_the_backward_pass(inputs, monkeypatch):
     monkeypatch.setattr(module, "STORED_TOKENS", 1)
     kept = []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_engine import settings
+from data_engine.image_copies import follow
 from data_engine.mask_store.store import Store
 from data_engine.plan import Step, read_steps
 from data_engine.records import Image, Model, Rle, Round
@@ -74,7 +75,9 @@ class Engine:
             StoreError: its store cannot be opened.
         """
         read = settings.read(Path(root), overrides, config_dir)
-        return cls(Path(root), read, config.instantiate(read["store"]), clock)
+        engine = cls(Path(root), read, config.instantiate(read["store"]), clock)
+        follow(engine.store, engine.root)
+        return engine
 
     @cached_property
     def desk(self) -> Desk:

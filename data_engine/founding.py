@@ -16,9 +16,9 @@ from omegaconf import DictConfig
 from data_engine import settings
 from data_engine.code_version import code_version
 from data_engine.engine import SAM, Engine, only_one
-from data_engine.image_copies import FOLDER, Copies
+from data_engine.image_copies import Copies, all_copies
 from data_engine.image_finding import find_images
-from data_engine.images import Registration, register
+from data_engine.images import COPIES, Registration, register
 from data_engine.measure import HELD_OUT
 from data_engine.model_files import keep_sam
 from data_engine.plan import read_steps
@@ -33,8 +33,9 @@ log = logging.getLogger(__name__)
 FIRST_MODEL = Path("models") / "first.ckpt"
 BEGUN = "init.yaml"
 """What an `init` under way was told, until `engine.yaml` is there."""
-LEFTOVERS = ("models", FOLDER, "engine.sqlite", f".{settings.FILE}.", BEGUN, f".{BEGUN}.", ".lock")
-"""How names begin of what an `init` that was broken off may have left."""
+LEFTOVERS = ("models", COPIES, BEGUN)
+LEFT_WITH_SUFFIX = ("engine.sqlite", f".{settings.FILE}.", f".{BEGUN}.", ".lock")
+"""What an `init` that was broken off may have left, and how names of more such begin."""
 COCO_TRUTH = "data_engine.truth.CocoTruth"
 LOOKED_AT = 20
 """Held-out images of which one should have masks."""
@@ -105,7 +106,8 @@ def _begin(engine: Engine) -> None:
         )
     if path.exists() and path.read_text(encoding="utf-8") != told:
         store.forget_images()
-        shutil.rmtree(engine.root / FOLDER, ignore_errors=True)
+        for copy in all_copies(engine.root):
+            shutil.rmtree(copy)
     write_atomically(path, told)
 
 
@@ -152,9 +154,7 @@ def add_images(engine: Engine, call: Mapping[str, Any]) -> Registration:
         call: `images`, `annotations`, `held_out`, `held_out_images`, `held_out_annotations` and `copy`.
     """
     apart, share = call["held_out_images"], float(call["held_out"])
-    copies = (
-        Copies(folder=engine.root / FOLDER, truth=_truth(engine, call)) if call["copy"] else None
-    )
+    copies = Copies(root=engine.root, truth=_truth(engine, call)) if call["copy"] else None
     if apart is not None:
         found = find_images(apart, call["held_out_annotations"])
         register(engine.store, found, held_out=1.0, copies=copies, clock=engine.clock)
@@ -202,7 +202,7 @@ def _check_free(root: Path) -> None:
             f"{root} holds an engine already: data-engine round root={root} goes on with it, "
             f"data-engine register root={root} images=... adds images, another root=DIR begins anew"
         )
-    if any(not name.startswith(LEFTOVERS) for name in names):
+    if any(not name.startswith(LEFT_WITH_SUFFIX) for name in names.difference(LEFTOVERS)):
         raise ValueError(f"{root} holds other things: choose another root=DIR")
 
 

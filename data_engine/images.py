@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import PurePath
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +33,10 @@ log = logging.getLogger(__name__)
 CHUNK = 256
 MOST_SHRINK = 8
 ATTEMPTS = 10
+COPIES = "image_copies"
+"""Folder of an engine: `HASH/NAME.jpg`, byte for byte, and `HASH/NAME.json` with the masks that are known of it."""
+DIGITS = 16
+"""Of a hash in the name of a folder."""
 ADVICE = "put it back, or register the images again where they now are"
 
 
@@ -74,11 +79,11 @@ class Copying(Protocol):
     """`data_engine.image_copies.Copies`."""
 
     def has(self, image: Image) -> bool:
-        """Whether an image is registered as a copy."""
+        """Whether an image is registered as a copy that is there."""
         ...
 
     def keep(self, image: Image) -> Image:
-        """Copies an image and returns it as it is to be registered."""
+        """Copies an image from where it is, and returns it as it is to be registered."""
         ...
 
 
@@ -93,7 +98,8 @@ def register(
 ) -> Registration:
     """Registers images; what is known, equal to another, broken or was taken down is named and left out.
 
-    Each is read once, to its last pixel. What was registered before a crash stays so.
+    Each is read to its last pixel, and those that are copied again. What was registered before a crash
+    stays so.
 
     Args:
         found: as `find_images` gives them.
@@ -171,7 +177,7 @@ def _register_chunk(
             result.broken.append((one.found.name, one.broken))
     ids = [one.image_id for one in whole]
     known, gone = store.images_by_id(ids), store.taken_down(ids)
-    new: dict[str, _Examined] = {}
+    new: dict[str, tuple[_Examined, Image]] = {}
     twins: list[_Examined] = []
     for one in whole:
         other = known.get(one.image_id)
@@ -184,16 +190,29 @@ def _register_chunk(
             known[one.image_id] = _meet_again(store, one, other, copies, result)
         elif one.image_id in new:
             twins.append(one)
-        else:
-            new[one.image_id] = one
-    num_new, keys = _add_named(store, list(new.values()), held_out, copies, now)
+        elif (placed := _placed(one, copies, result)) is not None:
+            new[one.image_id] = placed
+    num_new, keys = _add_named(store, list(new.values()), held_out, now)
     result.num_new += num_new
     for one in twins:
         _note_duplicate(one, keys[one.image_id], result)
 
 
+def _placed(
+    one: _Examined, copies: Copying | None, result: Registration
+) -> tuple[_Examined, Image] | None:
+    """An image as it is to be registered, without its name: where it lies, or its copy; None where it cannot be copied."""
+    image = _image(one)
+    try:
+        return one, image if copies is None else copies.keep(image)
+    except ImageGoneError as error:
+        log.warning("%s is left out: %s", one.found.name, error)
+        result.broken.append((one.found.name, str(error)))
+        return None
+
+
 def _add_named(
-    store: Store, new: list[_Examined], held_out: float, copies: Copying | None, now: float
+    store: Store, new: list[tuple[_Examined, Image]], held_out: float, now: float
 ) -> tuple[int, dict[str, str]]:
     """Adds images by names that are free; others that register at this moment may take one.
 
@@ -201,14 +220,14 @@ def _add_named(
         How many are new, and the name of each by its hash.
     """
     for attempt in range(ATTEMPTS):
-        keys = {key for one in new for key in _keys(one)}
+        keys = {key for one, _ in new for key in _keys(one)}
         taken = {key: image.id for key, image in store.images_by_key(sorted(keys)).items()}
         images = []
-        for one in new:
-            key = next(key for key in _keys(one) if taken.get(key, one.image_id) == one.image_id)
-            taken[key] = one.image_id
-            image = _image(one, key, held_out, now)
-            images.append(image if copies is None else copies.keep(image))
+        for one, image in new:
+            key = next(key for key in _keys(one) if taken.get(key, image.id) == image.id)
+            taken[key] = image.id
+            is_held_out = int(image.id[:8], 16) < held_out * 2**32
+            images.append(replace(image, key=key, held_out=is_held_out, created_at=now))
         try:
             return store.add_images(images), {image.id: image.key for image in images}
         except IntegrityError:
@@ -229,18 +248,17 @@ def _keys(one: _Examined) -> tuple[str, str]:
     return plain, f"{plain}-{one.image_id[:16]}"
 
 
-def _image(one: _Examined, key: str, held_out: float, now: float) -> Image:
+def _image(one: _Examined) -> Image:
+    """Without a name yet."""
     height, width = one.size
     return Image(
         id=one.image_id,
-        key=key,
+        key="",
         width=width,
         height=height,
         path=one.found.path,
         member=one.found.member,
         offset=one.found.offset,
-        held_out=int(one.image_id[:8], 16) < held_out * 2**32,
-        created_at=now,
     )
 
 
@@ -252,22 +270,32 @@ def _meet_again(
     Returns:
         The image as it is now registered.
     """
-    here = (one.found.path, one.found.member, one.found.offset)
-    if here == (other.path, other.member, other.offset) or (copies and copies.has(other)):
-        result.num_known += 1
-        if copies and not copies.has(other):
-            other = copies.keep(other)
-            store.put_image(other)
-        return other
+    here = replace(other, path=one.found.path, member=one.found.member, offset=one.found.offset)
     path = local_path(other.path)
-    if here[:2] == (other.path, other.member) or (path is not None and not os.path.exists(path)):
-        other = replace(other, path=here[0], member=here[1], offset=here[2])
+    is_there = path is None or os.path.exists(path)
+    if copies is not None and not copies.has(other):
+        if (placed := _placed(one, copies, result)) is None:
+            return other
+        own = placed[1]
+        other = replace(other, path=own.path, member=own.member, offset=own.offset)
+        store.put_image(other)
+        result.num_known += 1
+    elif here == other or (is_there and is_copy(other)):
+        result.num_known += 1
+    elif not is_there or (here.path, here.member) == (other.path, other.member):
+        other = here
         store.put_image(other)
         log.info("%s has moved to %s", other.key, one.found.name)
         result.moved.append(one.found.name)
     else:
         _note_duplicate(one, other.key, result)
     return other
+
+
+def is_copy(image: Image) -> bool:
+    """Whether an image is registered as a copy in an engine's folder."""
+    *_, folder, own, _ = ("", "", *PurePath(image.path).parts)
+    return image.member is None and (folder, own) == (COPIES, image.id[:DIGITS])
 
 
 def image_bytes(image: Image) -> bytes:

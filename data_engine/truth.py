@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from data_engine.images import is_copy
 from data_engine.records import Image, Rle
 from sam_train.data.coco import CocoItems
 from sam_train.data.sa1b import is_wanted
@@ -83,12 +84,14 @@ class CocoTruth:
             UnknownTruthError: the file has no usable annotation of it.
             FileNotFoundError, ValueError: it is no COCO file.
         """
-        number = None if image.member is not None else self._numbers.get(image.path)
+        # The COCO file may have gone with the images that were copied.
+        lies_apart = image.member is not None or is_copy(image)
+        number = None if lies_apart else self._numbers.get(image.path)
         if number is None:
             try:
                 return known_truth(image)
             except UnknownTruthError as error:
-                if image.member is not None:
+                if lies_apart:
                     raise
                 raise UnknownTruthError(
                     f"{self.annotations} has no annotation of {image.path}"

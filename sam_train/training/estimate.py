@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from sam_train.training.distillation import Distillation
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.machine_speed import Speed
 from sam_train.training.optim import parameter_table
-from sam_train.training.step_cost import Memory, Run, heaviest_phase, phases, step_cost
+from sam_train.training.step_cost import Memory, Phase, Run, StepCost, phases, step_cost
 
 GIB = 2**30
 OVERHEAD = 1.5
@@ -41,7 +41,7 @@ def fitting_batch_size(
         masks = batch_size * run.num_masks
         masks = masks if most_masks is None else min(masks, most_masks)
         larger = replace(run, batch_size=batch_size, num_masks=masks)
-        return OVERHEAD * step_cost(module, larger, heaviest_phase(module, larger)).memory.peak
+        return OVERHEAD * _heaviest(_costs(module, larger))[1].memory.peak
 
     one, two = peak(1), peak(2)
     if one > free_bytes:
@@ -49,6 +49,16 @@ def fitting_batch_size(
             f"data.batch_size=auto: a single image takes {_gib(one)}, {_gib(free_bytes)} are free.\n{ADVICE}"
         )
     return 1 + int((free_bytes - one) / max(two - one, 1.0))
+
+
+def _costs(module: InteractiveTraining, run: Run) -> list[tuple[Phase, StepCost]]:
+    """Those of each stretch of a run."""
+    return [(phase, step_cost(module, run, phase)) for phase in phases(module, run)]
+
+
+def _heaviest(costs: Sequence[tuple[Phase, StepCost]]) -> tuple[Phase, StepCost]:
+    """The stretch that needs the most memory."""
+    return max(costs, key=lambda cost: cost[1].memory.peak)
 
 
 def is_checkpointed(model: Sam) -> bool:
@@ -73,32 +83,36 @@ def report(module: InteractiveTraining, run: Run, speed: Speed, machine: str) ->
         speed: of the machine, measured or stated.
         machine: what the speed is of.
     """
-    stretches = phases(module, run)
-    costs = [step_cost(module, run, phase) for phase in stretches]
-    last = costs[-1]
+    costs = _costs(module, run)
+    heaviest, its_cost = _heaviest(costs)
     lines = ["parameters", parameter_table(module.model), *_teacher_lines(module), ""]
     lines += [f"memory of one process, {run.batch_size} images with {run.num_masks} masks in all"]
-    lines += _memory_lines(last.memory)
+    lines += _memory_lines(its_cost.memory)
     if can_checkpoint(module.model):
         on = not is_checkpointed(module.model)
-        other = step_cost(module, run, stretches[-1], grad_checkpointing=on)
+        other = step_cost(module, run, heaviest, grad_checkpointing=on)
         lines += [
             f"model.image_encoder.grad_checkpointing={str(on).lower()}: a peak of "
             f"{_gib(other.memory.peak)}, {_duration(speed.seconds(other.operations))} a batch"
         ]
     lines += ["", f"time on {machine}: {speed.flops / 1e12:.3g} TFLOP/s"]
-    batch_seconds = [speed.seconds(cost.operations) for cost in costs]
-    for phase, cost, seconds in zip(stretches, costs, batch_seconds, strict=True):
+    mean = 0.0
+    for phase, cost in costs:
+        seconds = speed.seconds(cost.operations)
+        mean += phase.share * seconds
         tflops = sum(op.flops for op in cost.operations) / 1e12
-        alone = "guesses alone" if phase.num_guessed else "embeddings alone"
-        played = f"{phase.num_played} masks played" if phase.num_played else alone
         lines += [
-            f"{phase.share:.0%} of the run at {phase.img_size} px, {played}: {tflops:.3g} TFLOP, "
+            f"{phase.share:.0%} of the run at {phase.img_size} px, {_work(phase)}: {tflops:.3g} TFLOP, "
             f"{_duration(seconds)} a batch"
         ]
-    mean = sum(p.share * s for p, s in zip(stretches, batch_seconds, strict=True))
     lines += _run_lines(run, mean * run.accumulate)
     return "\n".join(lines)
+
+
+def _work(phase: Phase) -> str:
+    alone = "guesses alone" if phase.num_guessed else "embeddings alone"
+    played = f"{phase.num_played} masks played" if phase.num_played else alone
+    return played if phase.asks_teacher else f"{played}, the truth alone"
 
 
 def _teacher_lines(module: InteractiveTraining) -> Iterator[str]:

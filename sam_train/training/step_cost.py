@@ -25,6 +25,8 @@ from sam_train.training.first_guess import Peer, Question
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.ledger import Ledger, Operation
 
+ROUNDING = 1e-9
+"""Of shares of a run."""
 SIZES_OF_PRECISION = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.bfloat16}
 """What activations are made in; a half float of the other kind has the same size."""
 
@@ -121,7 +123,8 @@ def phases(module: InteractiveTraining, run: Run) -> list[Phase]:
     guessed = run.num_masks * teaching.prompts_per_mask if teaching is not None else 0
     unasked, untaught = 0.0, 1.0
     if isinstance(module, Distillation):
-        unasked, untaught = module.teaching.embeddings_share, 1 - module.teaching.truth_share
+        unasked = module.teaching.embeddings_share
+        untaught = max(unasked, 1 - module.teaching.truth_share)  # 1 - 0.9 is less than 0.1
     bounds = sorted({0.0, alone, unasked, untaught, module.half_size_share, 1.0})
     return [
         Phase(
@@ -132,12 +135,8 @@ def phases(module: InteractiveTraining, run: Run) -> list[Phase]:
             asks_teacher=start < untaught,
         )
         for start, end in pairwise(bounds)
+        if end - start > ROUNDING
     ]
-
-
-def heaviest_phase(module: InteractiveTraining, run: Run) -> Phase:
-    """The stretch of a run that needs the most memory."""
-    return max(phases(module, run), key=lambda p: (p.img_size, p.num_played, p.asks_teacher))
 
 
 def step_cost(

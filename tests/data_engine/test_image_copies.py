@@ -1,8 +1,10 @@
-"""Images are copied where that is asked for, and read there from then on."""
+"""Images are copied where that is asked for, and read there from then on, wherever the folder moves."""
 
 from __future__ import annotations
 
 import json
+import logging
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,9 +15,9 @@ from PIL import Image as Pillow
 from data_engine.engine import Engine
 from data_engine.image_copies import Copies
 from data_engine.image_finding import find_images
-from data_engine.images import image_bytes, register
+from data_engine.images import COPIES, image_bytes, register
 from data_engine.mask_store.store import Store
-from data_engine.truth import UnknownTruthError, known_truth
+from data_engine.truth import CocoTruth, UnknownTruthError, known_truth
 from sam_train.ops import rle
 from sam_train.structures import ImageRecord
 
@@ -26,11 +28,14 @@ Begin = Callable[..., Path]
 WriteShard = Callable[..., Path]
 
 
-def test_the_originals_may_go_and_a_take_down_takes_the_copy(
-    begin: Begin, capsys: pytest.CaptureFixture[str]
+def test_the_originals_may_go_the_folder_may_move_and_a_take_down_takes_the_copy(
+    begin: Begin, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = begin(QUIET, overrides=["copy=true"])
-    (root.parent / "scenes.tar").unlink()
+    begun = begin(QUIET, overrides=["copy=true"])
+    (begun.parent / "scenes.tar").unlink()
+    root = tmp_path / "elsewhere" / "engine"
+    root.parent.mkdir()
+    begun.rename(root)
 
     assert simulated(root) == 0
     key = sorted(keys_of(root))[0]
@@ -38,10 +43,10 @@ def test_the_originals_may_go_and_a_take_down_takes_the_copy(
     image = engine.store.images_by_key([key])[key]
     engine.close()
     copy = Path(image.path)
-    assert copy.parent.parent == root / "images" and copy.read_bytes() == image_bytes(image)
+    assert copy.parent.parent == root / COPIES and copy.read_bytes() == image_bytes(image)
     capsys.readouterr()
     assert call("lineage", f"root={root}", f"image={key}") == 0
-    assert f"copies: {copy.relative_to(root)}" in capsys.readouterr().out
+    assert f"copies: {copy.with_suffix('.jpg').relative_to(root)}" in capsys.readouterr().out
 
     assert call("remove", f"root={root}", f"image={key}", "reason=asked to", "who=carla") == 0
     assert not list(copy.parent.glob("*")) and key not in keys_of(root)
@@ -54,59 +59,101 @@ def test_masks_travel_with_copies_of_shards_and_of_coco_images(
     folder = tmp_path / "coco"
     folder.mkdir()
     Pillow.fromarray(synthetic_scenes[0].image).save(folder / "of coco.PNG")
-    expected = [[a.area for a in scene.annotations] for scene in synthetic_scenes[:2]]
-
-    def truth(image: object) -> object:
-        if image.member is not None:  # type: ignore[attr-defined]
-            return known_truth(image)  # type: ignore[arg-type]
-        return [synthetic_scenes[0].annotations[0].rle]
-
-    copies = Copies(folder=tmp_path / "images", truth=truth)  # type: ignore[arg-type]
-    for place in (shard, folder):
-        register(store, find_images(str(place)), copies=copies)
+    masks = synthetic_scenes[0].annotations
+    listed = tmp_path / "coco.json"
+    content = {
+        "images": [{"id": 1, "file_name": "of coco.PNG", "height": 96, "width": 96}],
+        "annotations": [
+            {"id": i, "image_id": 1, "segmentation": dict(one.rle)} for i, one in enumerate(masks)
+        ],
+    }
+    listed.write_text(json.dumps(content))
+    truth = CocoTruth(images=str(folder), annotations=str(listed))
+    copies = Copies(root=tmp_path, truth=truth)
+    register(store, find_images(str(shard)), copies=copies)
+    register(store, find_images(str(folder), str(listed)), copies=copies)
+    for original in (shard, listed):
+        original.unlink()
+    shutil.rmtree(folder)
 
     images = sorted(store.images(), key=lambda one: one.key)
     assert [one.key for one in images] == ["in_0", "in_1", "of_coco"]
     assert [Path(one.path).name for one in images] == ["in_0.jpg", "in_1.jpg", "of coco.PNG"]
-    found = [[rle.area(one) for one in known_truth(image)] for image in images]
-    assert found == [*expected, expected[0][:1]]
-    content = json.loads(Path(images[2].path).with_suffix(".json").read_text())
-    assert content["image"]["file_name"] == "of coco.PNG"
+    scenes = (*synthetic_scenes[:2], synthetic_scenes[0])
+    later = CocoTruth(images=str(folder), annotations=str(listed))
+    for image, scene in zip(images, scenes, strict=True):
+        assert [rle.area(one) for one in later(image)] == [a.area for a in scene.annotations]
 
 
 def test_what_is_copied_already_or_lies_elsewhere_comes_to_be_the_copy_once(
-    store: Store, tmp_path: Path, write_shard: WriteShard
+    store: Store, tmp_path: Path, write_shard: WriteShard, caplog: pytest.LogCaptureFixture
 ) -> None:
     shard = write_shard(tmp_path / "in.tar", 2, masks=False)
-    copies = Copies(folder=tmp_path / "images", truth=known_truth)
+    copies = Copies(root=tmp_path, truth=known_truth)
     assert str(register(store, find_images(str(shard)))) == "2 new"
+    moved = shard.rename(tmp_path / "elsewhere.tar")
 
-    for _ in range(2):
-        assert str(register(store, find_images(str(shard)), copies=copies)) == "2 known"
-        images = list(store.images())
-        assert all(copies.has(one) and one.member is None for one in images)
-        assert sorted(one.id for one in images) == sorted(
-            one.id for one in store.images_by_key(["in_0", "in_1"]).values()
-        )
-    shard.unlink()
+    with caplog.at_level(logging.WARNING):
+        for given in (copies, copies, None):
+            assert str(register(store, find_images(str(moved)), copies=given)) == "2 known"
+            images = list(store.images())
+            assert all(one.member is None and Path(one.path).is_file() for one in images)
+        Path(images[0].path).unlink()
+        assert str(register(store, find_images(str(moved)), copies=copies)) == "2 known"
+    assert not caplog.records
+    moved.unlink()
     for image in images:
         assert image_bytes(image)
         with pytest.raises(UnknownTruthError, match="no JSON of SA-1B beside it"):
             known_truth(image)
-    moved = tmp_path / "elsewhere"
-    (tmp_path / "images").rename(moved)
-    assert str(register(store, find_images(str(moved)))) == "2 moved"
 
 
-def test_another_init_begins_without_the_copies_of_one_that_was_given_up(
+def test_odd_names_and_damaged_masks_do_not_end_a_registration(
+    store: Store, tmp_path: Path, synthetic_scenes: Sequence[ImageRecord]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    long = "x" * 246 + ".png"
+    for name, scene in zip((long, "b.png"), synthetic_scenes, strict=False):
+        Pillow.fromarray(scene.image).save(folder / name)
+    (folder / "b.json").write_text('{"image": {"height": 96, "width": 96}, "annotations": [7]}')
+    damaged = [{"size": [96, 96], "counts": "no run lengths"}]
+    copies = Copies(root=tmp_path, truth=lambda _: damaged)
+
+    assert str(register(store, find_images(str(folder)), copies=copies)) == "2 new"
+    names = {len(Path(one.path).name) for one in store.images()}
+    assert names == {len("b.png"), len("0123456789abcdef.png")}
+
+
+def test_another_init_begins_without_the_copies_of_one_that_was_given_up_and_touches_nothing_else(
     begin: Begin, refused: Callable[..., str], toys: Path, tmp_path: Path
 ) -> None:
     root = tmp_path / "engine"
-    (root / "images" / "0123").mkdir(parents=True)
-    (root / "images" / "0123" / "old.jpg").write_bytes(b"old")
+    old, other = root / COPIES / ("0" * 16), root / COPIES / "mine"
+    for path in (old, other):
+        path.mkdir(parents=True)
+        (path / "old.jpg").write_bytes(b"old")
     (root / "init.yaml").write_text("told: otherwise")
 
     assert begin(QUIET, overrides=["copy=true"]) == root
 
-    assert len(list((root / "images").glob("*/*.json"))) == 10
-    assert not (root / "images" / "0123").exists()
+    assert len(list((root / COPIES).glob("*/*.json"))) == 10
+    assert not old.exists() and other.exists()
+
+
+def test_a_folder_with_images_of_ones_own_is_no_place_for_an_engine(
+    refused: Callable[..., str], toys: Path, tmp_path: Path
+) -> None:
+    photographs = tmp_path / "root" / "images"
+    photographs.mkdir(parents=True)
+    (photographs / "a.jpg").write_bytes(b"mine")
+    said = refused(
+        *(
+            "init",
+            f"root={tmp_path / 'root'}",
+            f"images={toys / 'scenes.tar'}",
+            "plan=nuclei_small",
+        ),
+        f"checkpoint={toys / 'toy.ckpt'}",
+    )
+    assert "holds other things" in said and (photographs / "a.jpg").exists()

@@ -251,13 +251,24 @@ def test_the_teacher_is_asked_nothing_more_when_the_truths_share_of_the_run_begi
 
     monkeypatch.setattr(training.teacher.model, "encode", noted)
     before = weights(training)
-    watch = fit(training, [blobs] * 4)
+    fit(training, [blobs] * 4)
 
     assert encoded_at == [0, 1]
     after = weights(training)
     decoder = "mask_decoder.iou_token.weight"
     assert not torch.equal(before[decoder], after[decoder])
-    assert watch.logged[-1]["train/loss"] > 0, "by the ground truth, whatever gt_weight was before"
+
+
+def test_the_truth_alone_is_what_it_is_in_any_training(make: Make, blobs: ImageBatch) -> None:
+    losses = []
+    for teaching in (
+        ["truth_share=1", "gt_weight=0"],
+        ["truth_share=0", "gt_weight=1", "embedding_weight=0"],
+    ):
+        own = [f"task.teaching.{one}" for one in (*teaching, "train_decoder=true")]
+        watch = fit(make("task.teaching.embeddings_share=0", *own), [blobs] * 2)
+        losses.append([logged["train/loss"] for logged in watch.logged])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 2
 
 
 def test_embeddings_from_a_cache_are_those_that_are_computed(

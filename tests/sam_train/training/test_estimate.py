@@ -16,7 +16,7 @@ from sam_train.training.finetune import freeze
 from sam_train.training.interactive import InteractiveTraining
 from sam_train.training.ledger import Operation
 from sam_train.training.machine_speed import Speed, measure_speed
-from sam_train.training.step_cost import Phase, Run, StepCost, heaviest_phase, phases, step_cost
+from sam_train.training.step_cost import Phase, Run, StepCost, phases, step_cost
 
 Cost = Callable[..., StepCost]
 VIT = [
@@ -98,7 +98,7 @@ def test_a_run_in_phases_is_told_phase_by_phase() -> None:
         module = config.instantiate(cfg.task)
     found = phases(module, Run(batch_size=8, num_masks=96))
 
-    assert [phase[1:] for phase in found] == [(128, 0, 384), (128, 8, 384), (256, 8, 384)]
+    assert [phase[1:4] for phase in found] == [(128, 0, 384), (128, 8, 384), (256, 8, 384)]
     assert [phase.share for phase in found] == pytest.approx([0.3, 0.5, 0.2])
 
 
@@ -278,7 +278,21 @@ def test_a_teacher_costs_no_more_once_the_truth_alone_is_learnt(
     ]
     cost = step_cost(module, run, found[-1])
     assert not [op for op in cost.operations if op.part.startswith("teacher")]
-    assert heaviest_phase(module, run) == found[1]
+    peaks = [step_cost(module, run, phase).memory.peak for phase in found]
+    assert peaks[1] == max(peaks)
+
+
+@pytest.mark.parametrize(("alone", "truth"), [(0.1, 0.9), (0.3, 0.7), (0.0, 1.0), (1.0, 0.0)])
+def test_shares_that_come_to_one_leave_no_stretch_of_a_rounding_error(
+    toy: list[str], toy_teacher: Path, alone: float, truth: float
+) -> None:
+    shares = (f"task.teaching.embeddings_share={alone}", f"task.teaching.truth_share={truth}")
+    module = taught(toy, toy_teacher, *shares)
+    found = phases(module, Run(batch_size=2, num_masks=4))
+    expected = [(alone, 0, True), (truth, 4, False)]
+    assert [(p.share, p.num_played, p.asks_teacher) for p in found] == [
+        (pytest.approx(share), *rest) for share, *rest in expected if share
+    ]
 
 
 def test_embeddings_from_a_cache_cost_the_teacher_no_arithmetic(

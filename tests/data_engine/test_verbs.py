@@ -213,3 +213,12 @@ def test_an_audit_by_the_simulated_annotator_says_how_good_the_masks_are(
     assert "; 1 of " in said, "anna's task is hers: it waits, and nothing is refused"
     masks = sum(shard.num_masks for shard in labelled.store.shards(source="automatic"))
     assert len(labelled.store.reviews(round=2)) == masks > 0
+
+
+def test_a_stores_password_may_stay_in_the_environment(
+    begin: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ENGINE_URL", str(tmp_path / "secret.sqlite"))
+    root = begin(toy_engine.QUIET, overrides=["store.url=${oc.env:ENGINE_URL}"])
+    assert (tmp_path / "secret.sqlite").exists() and call("status", f"root={root}") == 0
+    assert not [path for path in root.rglob("*.yaml") if "secret" in path.read_text()]

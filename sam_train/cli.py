@@ -12,7 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import hydra
@@ -52,14 +52,19 @@ def evaluate(cfg: DictConfig) -> None:
             "data.val_path=PATH names others"
         )
     protocol = config.instantiate(cfg.protocol)
-    device = cli_common.device(cfg.device)
-    asked_in = cli_common.precision(str(cfg.precision), device)
+    device, asked_in = _place(cfg)
     model = load_model(cfg.checkpoint, device=device)
     folder = _evaluated_run(cfg) / "eval" / cfg.name
     with asked_in:
         result = protocol.run(model, source, folder, checkpoint=str(cfg.checkpoint))
     cli_common.print_result(result)
     print(f"See {folder}")
+
+
+def _place(cfg: DictConfig) -> tuple[str, AbstractContextManager[object]]:
+    """The device that a model is put on, and the precision that it is asked in."""
+    device = cli_common.device(cfg.device)
+    return device, cli_common.precision(str(cfg.precision), device)
 
 
 def convert(cfg: DictConfig) -> None:
@@ -153,8 +158,7 @@ def segment(cfg: DictConfig) -> None:
         max_pixels=cfg.max_pixels,
     )
     files.find()  # a mistyped path is better known before the model is read
-    device = cli_common.device(cfg.device)
-    asked_in = cli_common.precision(str(cfg.precision), device)
+    device, asked_in = _place(cfg)
     model = load_model(cfg.checkpoint, device=device, img_size=cfg.img_size)
     segmenter = config.instantiate(cfg.mode, model=model)
     made_with = {
@@ -181,8 +185,7 @@ def _tune(cfg: DictConfig) -> None:
     cli_common.prepare_host()
     config.pin(cfg)
     source, tuning = config.instantiate(cfg.data.val), config.instantiate(cfg.tuning)
-    device = cli_common.device(cfg.device)
-    asked_in = cli_common.precision(str(cfg.precision), device)
+    device, asked_in = _place(cfg)
     model = load_model(cfg.checkpoint, device=device, img_size=cfg.img_size)
     with asked_in:
         print(tuning.run(model, source, Path(cfg.out) / "tuning.json"))

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
 from sam_train.models.plain import is_plain
 from sam_train.models.products import linear_gelu, use_fast_linears
-from sam_train.models.rel_pos_attention import rel_pos_attention
+from sam_train.models.rel_pos_attention import attend_in_windows
+from sam_train.models.windowed_attention import attends_in_pieces, windowed_attention
 
 _HOOKED = threading.Lock()
 """timm keeps the features that its hooks find in the model, where a pass of another thread would take them."""
@@ -74,25 +75,19 @@ class _Block(Block):
     def _attend(self, x: Tensor) -> Tensor:
         size, side = (x.shape[1], x.shape[2]), self.window_size
         attention = self.attn
-        qkv, padded = attention.qkv(x), size
-        window = size if side == 0 else (side, side)
-        if side:
-            padded = (-(-size[0] // side) * side, -(-size[1] // side) * side)
-            if padded != size:
-                padding = attention.qkv(x.new_zeros(1, 1, 1, x.shape[-1]))
-                whole = padding.expand(len(x), *padded, -1).clone()
-                whole[:, : size[0], : size[1]] = qkv
-                qkv = whole
-            qkv, _ = window_partition(qkv, side)
-        heads = qkv.flatten(1, 2).unflatten(2, (3, attention.num_heads, -1))
-        queries, keys, values = heads.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        window = (side, side) if side else size
+        has_padding = size[0] % window[0] or size[1] % window[1]
+        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
+        padding = None
+        if has_padding:
+            padding = attention.qkv(x.new_zeros(1, x.shape[-1])).view(qkv.shape[3:])
         rel_pos = (attention.rel_pos_h, attention.rel_pos_w)
-        out = rel_pos_attention(queries, keys, values, rel_pos, window)
-        out = out.unflatten(0, (-1, attention.num_heads)).transpose(1, 2).flatten(2)
-        out = out.unflatten(1, window)
-        if side:
-            out = window_unpartition(out, side, size, padded)
-        return attention.proj(out)
+        attend = (
+            windowed_attention
+            if attends_in_pieces(qkv, window[0] * window[1])
+            else attend_in_windows
+        )
+        return attention.proj(attend(qkv, rel_pos, window, padding))
 
     def _mlp(self, x: Tensor) -> Tensor:
         if self.training or not self._has_plain_mlp():

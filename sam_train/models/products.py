@@ -62,8 +62,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.gelu(linear(...))`; where no gradient is wanted, the sums pass the GELU while in the cache."""
     is_small = x.numel() * weight.shape[0] < MIN_PRODUCTS
-    if is_small or torch.is_grad_enabled() or not _takes(x, weight):
+    if is_small or torch.is_grad_enabled() or not is_plain_cpu(x):
         return F.gelu(linear(x, weight, bias))
+    if not _takes(x, weight):
+        # In its place: fresh memory of this size is paid for in page faults.
+        return torch.ops.aten.gelu_(F.linear(x, weight, bias))
     assert _ONEDNN is not None
     return _ONEDNN(_packed(x), _packed(weight), bias, "gelu", [], "none")
 

@@ -1,0 +1,346 @@
+"""Attention in windows with decomposed relative positions on the CPU, in pieces that stay in the cache.
+
+scores[q, k] = scale * q . k + along_rows[q, row of k] + along_columns[q, column of k]
+
+Scores and biases of 64 x 64 tokens are 67 MB a head each. Here the scores of a few queries, or of a few
+windows, are made, softened and weighted at a time, in memory that the next ones take over, and made again in
+the backward pass. In small windows the two sums join the dot product: queries grow by what they give to each
+row and column, keys by which row and column they are in. Padding is a key alone: it asks nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer_sam import get_rel_pos
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sam_train.models.products import is_on_cpu_now, is_plain_cpu, products
+
+CACHE_FLOATS = 1 << 20
+"""Scores that are worked on at a time."""
+MAX_GROWN = 0.6
+"""Queries and keys grow by rows and columns up to so many of these for a channel: 14 + 14 for 64."""
+MIN_TOKENS_IN_HALVES = 512
+"""From so many tokens on, bfloat16 is taken too, which has kernels of its own for fewer."""
+
+
+def attends_in_pieces(x: Tensor, num_tokens: int) -> bool:
+    """Whether `windowed_attention` is for such tensors, here and now, in windows of so many tokens."""
+    is_half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if is_half and num_tokens > MIN_TOKENS_IN_HALVES:
+        return is_on_cpu_now(x) and x.dtype in (torch.bfloat16, torch.float32)
+    return is_plain_cpu(x)
+
+
+def windowed_attention(
+    qkv: Tensor, rel_pos: tuple[Tensor, Tensor], window: tuple[int, int], padding: Tensor | None
+) -> Tensor:
+    """Attends within windows, of which those at the right and the bottom may be padded.
+
+    Args:
+        qkv: (N, H, W, 3, heads, d), queries, keys and values.
+        rel_pos: embeddings of vertical and horizontal distances in a window (h, w): (2h - 1, d) and
+            (2w - 1, d), or of another length, which is interpolated.
+        window: (h, w).
+        padding: (3, heads, d), what padding is; needed where (h, w) do not divide (H, W).
+
+    Returns:
+        (N, H, W, heads * d).
+    """
+    tables = [
+        _of_offsets(get_rel_pos(side, side, table))
+        for side, table in zip(window, rel_pos, strict=True)
+    ]
+    table = torch.cat(tables).to(qkv.dtype)
+    if padding is not None:
+        padding = padding.to(qkv.dtype)
+    return _WindowedAttention.apply(qkv, table, padding, window)
+
+
+def _of_offsets(table: Tensor) -> Tensor:
+    """(side, side, d) of queries and keys to (2 side - 1, d) of key minus query, ascending."""
+    return torch.cat([table[1:, 0].flip(0), table[0]])
+
+
+class _Region(NamedTuple):
+    """Windows of one kind: whole ones, those cut off at the right, at the bottom, and at both.
+
+    Attributes:
+        rows, columns: of the image's tokens.
+        counts: windows above and beside each other.
+        asked: (h', w') tokens of each that are no padding.
+    """
+
+    rows: slice
+    columns: slice
+    counts: tuple[int, int]
+    asked: tuple[int, int]
+
+    def of(self, x: Tensor) -> Tensor:
+        """A view of (N, H, W, heads, c): (N, above, beside, heads, h', w', c)."""
+        (above, beside), (h, w) = self.counts, self.asked
+        tokens = x[:, self.rows, self.columns].unflatten(2, (beside, w)).unflatten(1, (above, h))
+        return tokens.permute(0, 1, 3, 5, 2, 4, 6)
+
+
+def _regions(size: tuple[int, int], window: tuple[int, int]) -> Iterator[_Region]:
+    runs = []
+    for length, side in zip(size, window, strict=True):
+        whole, rest = divmod(length, side)
+        along = [(slice(0, whole * side), whole, side), (slice(whole * side, length), 1, rest)]
+        runs.append([run for run in along if run[1] and run[2]])
+    for (rows, above, h), (columns, beside, w) in product(*runs):
+        yield _Region(rows, columns, (above, beside), (h, w))
+
+
+class _Piece(NamedTuple):
+    """Heads (of windows) and rows of queries whose scores are worked on at a time."""
+
+    heads: slice
+    rows: slice
+
+
+class _Grids:
+    """The windows of a region, head by head: (n, tokens, ...).
+
+    Attributes:
+        queries: (n, h' * w', d), scaled.
+        keys: (n, h * w, d), or grown by their rows and columns: (n, h * w, d + h + w).
+        values: (n, h * w, d).
+    """
+
+    def __init__(
+        self,
+        region: _Region,
+        qkv: Tensor,
+        table: Tensor,
+        padding: Tensor | None,
+        window: tuple[int, int],
+    ) -> None:
+        self.region, self.window = region, window
+        self.scale = qkv.shape[-1] ** -0.5
+        # By a scaled query.
+        self.table = table / self.scale
+        h, w = window
+        self.is_grown = table.dtype != torch.bfloat16 and h + w <= MAX_GROWN * qkv.shape[-1]
+        queries, keys, values = (region.of(x) for x in qkv.unbind(3))
+        self.shape = queries.shape[:4]
+        num_heads = math.prod(self.shape)
+        self.queries = (queries * self.scale).contiguous().view(num_heads, -1, qkv.shape[-1])
+        padding_of = (None, None) if padding is None else (padding[1], padding[2])
+        self.keys = self._padded(keys, padding_of[0], h + w if self.is_grown else 0)
+        self.values = self._padded(values, padding_of[1], 0)
+        if self.is_grown:
+            places = self.keys.view(num_heads, h, w, -1)[..., qkv.shape[-1] :]
+            places[..., :h] = torch.eye(h, dtype=table.dtype)[:, None]
+            places[..., h:] = torch.eye(w, dtype=table.dtype)
+        self.size_of_piece = self._size_of_piece()
+        most = self.size_of_piece[0] * self.size_of_piece[1] * region.asked[1]
+        exact = torch.promote_types(table.dtype, torch.float32)
+        # Every piece's in turn: fresh memory would be paid for in page faults.
+        self._scores = table.new_empty(most * h * w, dtype=exact)
+        self._shares = torch.empty_like(self._scores)
+        self._along = table.new_empty(most, len(table))
+        self._grown = table.new_empty(most * self.keys.shape[-1]) if self.is_grown else None
+
+    def _padded(self, tokens: Tensor, padding: Tensor | None, num_more: int) -> Tensor:
+        (h, w), (asked_h, asked_w), d = self.window, self.region.asked, tokens.shape[-1]
+        out = tokens.new_empty(*self.shape, h, w, d + num_more)
+        out[..., :asked_h, :asked_w, :d] = tokens
+        if padding is not None:
+            for part in self.padding_of(out):
+                part[..., :d] = padding[:, None, None]
+        return out.view(-1, h * w, d + num_more)
+
+    def padding_of(self, grids: Tensor) -> Iterator[Tensor]:
+        """The two parts of (N, above, beside, heads, h, w, c) that are no tokens of the image."""
+        h, w = self.region.asked
+        yield grids[..., h:, :, :]
+        yield grids[..., :h, w:, :]
+
+    def _size_of_piece(self) -> tuple[int, int]:
+        """Heads and rows of a piece."""
+        h, w = self.region.asked
+        num_keys = self.keys.shape[1]
+        num_heads = CACHE_FLOATS // (h * w * num_keys)
+        if num_heads:
+            return min(num_heads, len(self.keys)), h
+        return 1, min(h, max(1, CACHE_FLOATS // (w * num_keys)))
+
+    def pieces(self) -> Iterator[_Piece]:
+        heads, rows = self.size_of_piece
+        for head, row in product(
+            range(0, len(self.keys), heads), range(0, self.region.asked[0], rows)
+        ):
+            yield _Piece(slice(head, head + heads), slice(row, row + rows))
+
+    def of_piece(self, x: Tensor, piece: _Piece) -> Tensor:
+        """A view of (n, h' * w', c): (heads, queries, c)."""
+        width = self.region.asked[1]
+        return x[piece.heads, piece.rows.start * width : piece.rows.stop * width]
+
+    def along(self, queries: Tensor) -> Tensor:
+        """(heads, queries, d) by every offset of rows and columns: (heads, queries, 2h - 1 + 2w - 1)."""
+        num_heads, num_queries, d = queries.shape
+        out = self._along[: num_heads * num_queries]
+        torch.mm(queries.reshape(-1, d), self.table.mT, out=out)
+        return out.view(num_heads, num_queries, -1)
+
+    def by_keys(self, along: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
+        """Views of `along`, by rows and columns of the keys: (heads, rows, w', h) and (heads, rows, w', w).
+
+        A key's offset is its place less the query's: the next query's row of keys starts one sooner.
+        """
+        (h, w), width = self.window, self.region.asked[1]
+        num_heads, num_queries, length = along.shape
+        shape = (num_heads, num_queries // width, width)
+        strides = (num_queries * length, width * length, length)
+        start = along.storage_offset()
+        rows = along.as_strided(
+            (*shape, h), (strides[0], strides[1] - 1, strides[2], 1), start + h - 1 - first_row
+        )
+        columns = along.as_strided(
+            (*shape, w), (strides[0], strides[1], strides[2] - 1, 1), start + 2 * h - 1 + w - 1
+        )
+        return rows, columns
+
+    def shares(self, piece: _Piece) -> Tensor:
+        """Each query's weights of the values: (heads, queries, h * w), float32 for bfloat16."""
+        queries, keys = self.of_piece(self.queries, piece), self.keys[piece.heads]
+        num_heads, num_queries, d = queries.shape
+        rows, columns = self.by_keys(self.along(queries), piece.rows.start)
+        scores = self._scores[: num_heads * num_queries * keys.shape[1]]
+        scores = scores.view(num_heads, num_queries, -1)
+        h, w = self.window
+        if self._grown is not None:
+            grown = self._grown[: num_heads * num_queries * keys.shape[2]]
+            grown = grown.view(*rows.shape[:3], -1)
+            grown[..., :d] = queries.view(*rows.shape[:3], d)
+            grown[..., d : d + h] = rows
+            grown[..., d + h :] = columns
+            products(grown.flatten(1, 2), keys.mT, out=scores)
+        else:
+            _put(scores, queries, keys.mT)
+            by_places = scores.view(*rows.shape[:3], h, w)
+            by_places += rows[..., None]
+            by_places += columns[..., None, :]
+        shares = self._shares[: scores.numel()].view(scores.shape)
+        return torch.softmax(scores, dim=-1, out=shares)
+
+
+def _put(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False) -> None:
+    """The batch of products into `out`, or onto it, whose precision may be the greater one."""
+    if out.dtype == a.dtype and not adds:
+        products(a, b, out=out)
+    elif adds:
+        out += products(a, b)
+    else:
+        out.copy_(products(a, b))
+
+
+class _WindowedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, table: Tensor, padding: Tensor | None, window: tuple[int, int]
+    ) -> Tensor:
+        num_heads, d = qkv.shape[4:]
+        out = qkv.new_empty(*qkv.shape[:3], num_heads, d)
+        with torch.autocast("cpu", enabled=False):
+            for region in _regions((qkv.shape[1], qkv.shape[2]), window):
+                grids = _Grids(region, qkv, table, padding, window)
+                taken = torch.empty_like(grids.queries)
+                for piece in grids.pieces():
+                    shares, values = grids.shares(piece), grids.values[piece.heads]
+                    _put(grids.of_piece(taken, piece), shares.to(values.dtype), values)
+                view = region.of(out)
+                view.copy_(taken.view(view.shape))
+        ctx.save_for_backward(qkv, table, padding, out)
+        ctx.window = window
+        return out.flatten(3)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, table, padding, out = ctx.saved_tensors
+        gradient = gradient.view(out.shape)
+        exact = torch.promote_types(qkv.dtype, torch.float32)
+        # The softmax's own term is one number a query.
+        means = (gradient * out).sum(dim=-1, keepdim=True, dtype=exact)
+        of_qkv = torch.empty_like(qkv)
+        of_table = torch.zeros_like(table, dtype=exact)
+        of_padding = None if padding is None else torch.zeros_like(padding, dtype=exact)
+        with torch.autocast("cpu", enabled=False):
+            for region in _regions((qkv.shape[1], qkv.shape[2]), ctx.window):
+                grids = _Grids(region, qkv, table, padding, ctx.window)
+                of_queries, of_keys, of_values = _gradients(
+                    grids, region.of(gradient), region.of(means), of_table
+                )
+                of_grids = (of_queries, of_keys, of_values)
+                for number, (view, of_tokens) in enumerate(
+                    zip(of_qkv.unbind(3), of_grids, strict=True)
+                ):
+                    view, side = region.of(view), region.asked if number == 0 else ctx.window
+                    of_windows = of_tokens.unflatten(1, side).unflatten(0, grids.shape)
+                    h, w = region.asked
+                    view.copy_(of_windows[..., :h, :w, : view.shape[-1]])
+                    if of_padding is not None and number > 0:
+                        for part in grids.padding_of(of_windows[..., : view.shape[-1]]):
+                            of_padding[number] += part.sum(dim=(0, 1, 2, 4, 5))
+        return (
+            of_qkv,
+            of_table.to(table.dtype),
+            None if of_padding is None else of_padding.to(qkv.dtype),
+            None,
+        )
+
+
+def _gradients(
+    grids: _Grids, gradient: Tensor, means: Tensor, of_table: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Those of a region's queries, keys and values; the table's are added to it.
+
+    Args:
+        gradient: of the answers, (N, above, beside, heads, h', w', d).
+        means: its products with them, (..., 1).
+        of_table: (2h - 1 + 2w - 1, d).
+    """
+    d, (h, w) = gradient.shape[-1], grids.window
+    exact = of_table.dtype
+    gradient = gradient.contiguous().view(grids.queries.shape)
+    means = means.contiguous().view(*gradient.shape[:2], 1)
+    of_queries = torch.empty_like(grids.queries, dtype=exact)
+    # Queries of a head that come in several pieces add to its keys and values.
+    adds = grids.size_of_piece[1] < grids.region.asked[0]
+    make = torch.zeros_like if adds else torch.empty_like
+    of_keys, of_values = (make(x, dtype=exact) for x in (grids.values, grids.values))
+    for piece in grids.pieces():
+        shares, pull = grids.shares(piece), grids.of_piece(gradient, piece)
+        heads, queries = piece.heads, grids.of_piece(grids.queries, piece)
+        _put(of_values[heads], shares.to(pull.dtype).mT, pull, adds=adds)
+        errors = products(pull, grids.values[heads].mT).to(exact)
+        errors.sub_(grids.of_piece(means, piece)).mul_(shares)
+        rounded = errors.to(pull.dtype)
+        _put(of_keys[heads], rounded.mT, queries, adds=adds)
+        back = products(rounded, grids.keys[heads])
+        of_along = of_table.new_zeros(*queries.shape[:2], len(of_table))
+        of_rows, of_columns = grids.by_keys(of_along, piece.rows.start)
+        if grids.is_grown:
+            of_places = back.view(*of_rows.shape[:3], -1)[..., d:]
+            of_rows.copy_(of_places[..., :h])
+            of_columns.copy_(of_places[..., h:])
+        else:
+            by_places = errors.view(*of_rows.shape[:3], h, w)
+            of_rows.copy_(by_places.sum(dim=4))
+            of_columns.copy_(by_places.sum(dim=3))
+        of_along = of_along.to(pull.dtype).flatten(0, 1)
+        by_table = (of_along @ grids.table).view(queries.shape)
+        torch.add(back[..., :d], by_table, out=by_table).mul_(grids.scale)
+        grids.of_piece(of_queries, piece).copy_(by_table)
+        of_table.add_(of_along.mT @ queries.reshape(-1, d), alpha=1 / grids.scale)
+    return of_queries, of_keys, of_values

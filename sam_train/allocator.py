@@ -34,7 +34,8 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError):
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD_BYTES))
-    accepted = all([mallopt(name, value) == 1 for name, value in settings])
+    done = [mallopt(name, value) == 1 for name, value in settings]
+    accepted = all(done)
     if accepted and "glibc.malloc.hugetlb" not in os.environ.get("GLIBC_TUNABLES", ""):
         _ask_for_huge_pages(libc)
     return accepted

@@ -80,7 +80,7 @@ class _Block(Block):
         qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
         padding = None
         if has_padding:
-            padding = attention.qkv(x.new_zeros(1, x.shape[-1])).view(qkv.shape[3:])
+            padding = attention.qkv(x.new_zeros(1, 1, 1, x.shape[-1])).view(qkv.shape[3:])
         rel_pos = (attention.rel_pos_h, attention.rel_pos_w)
         attend = (
             windowed_attention

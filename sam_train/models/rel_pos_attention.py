@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer_sam import get_rel_pos, window_partition, window_unpartition
+from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
 
 STORED_TOKENS = 512
@@ -22,21 +22,19 @@ def attend_in_windows(
     qkv: Tensor, rel_pos: tuple[Tensor, Tensor], window: tuple[int, int], padding: Tensor | None
 ) -> Tensor:
     """`windowed_attention` by torch's kernels: (N, H, W, 3, heads, d) to (N, H, W, heads * d)."""
-    n, height, width, _, num_heads, _ = qkv.shape
-    size, tokens = (height, width), qkv.flatten(3)
-    padded = (-(-height // window[0]) * window[0], -(-width // window[1]) * window[1])
+    n, height, width, _, num_heads, d = qkv.shape
+    (h, w), tokens = window, qkv
+    above, beside = -(-height // h), -(-width // w)
     if padding is not None:
-        whole = padding.flatten().to(qkv.dtype).expand(n, *padded, -1).clone()
-        whole[:, :height, :width] = tokens
-        tokens = whole
-    is_one = padded == window
-    if not is_one:
-        tokens, _ = window_partition(tokens, window[0])
-    heads = tokens.flatten(1, 2).unflatten(2, (3, num_heads, -1))
-    queries, keys, values = heads.permute(2, 0, 3, 1, 4).flatten(1, 2).unbind(0)
+        tokens = padding.to(qkv.dtype).expand(n, above * h, beside * w, -1, -1, -1).clone()
+        tokens[:, :height, :width] = qkv
+    windows = tokens.unflatten(2, (beside, w)).unflatten(1, (above, h))
+    windows = windows.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(1, 4)
+    queries, keys, values = windows.unbind(0)
     out = rel_pos_attention(queries, keys, values, rel_pos, window)
-    out = out.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2).unflatten(1, window)
-    return out if is_one else window_unpartition(out, window[0], size, padded)
+    out = out.unflatten(1, window).unflatten(0, (n, above, beside, num_heads))
+    out = out.permute(0, 1, 4, 2, 5, 3, 6).reshape(n, above * h, beside * w, num_heads * d)
+    return out[:, :height, :width]
 
 
 def rel_pos_attention(

@@ -2,10 +2,11 @@
 
 scores[q, k] = scale * q . k + along_rows[q, row of k] + along_columns[q, column of k]
 
-Scores and biases of 64 x 64 tokens are 67 MB a head each. Here the scores of a few queries, or of a few
-windows, are made, softened and weighted at a time, in memory that the next ones take over, and made again in
-the backward pass. In small windows the two sums join the dot product: queries grow by what they give to each
-row and column, keys by which row and column they are in. Padding is a key alone: it asks nothing.
+Scores and biases of 64 x 64 tokens are 67 MB a head each. Here those of a few queries, or of a few windows,
+are made and used at a time, in memory that the next ones take over, and made again in the backward pass. In
+small windows the two sums join the dot product: queries grow by what they give to each row and column, keys
+by which row and column they are in. In large ones torch's kernel gets the sums as a mask. Padding is a key
+alone: it asks nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -26,6 +28,8 @@ CACHE_FLOATS = 1 << 20
 """Scores that are worked on at a time."""
 MAX_GROWN = 0.6
 """Queries and keys grow by rows and columns up to so many of these for a channel: 14 + 14 for 64."""
+KERNEL_QUERIES = 1024
+"""Queries of a head that torch's kernel gets at a time, with a quarter of them for each of four threads."""
 MIN_TOKENS_IN_HALVES = 512
 """From so many tokens on, bfloat16 is taken too, which has kernels of its own for fewer."""
 
@@ -60,7 +64,8 @@ def windowed_attention(
     table = torch.cat(tables).to(qkv.dtype)
     if padding is not None:
         padding = padding.to(qkv.dtype)
-    return _WindowedAttention.apply(qkv, table, padding, window)
+    learns = torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)
+    return _WindowedAttention.apply(qkv, table, padding, window, learns)
 
 
 def _of_offsets(table: Tensor) -> Tensor:
@@ -146,7 +151,6 @@ class _Grids:
         # Every piece's in turn: fresh memory would be paid for in page faults.
         self._scores = table.new_empty(most * h * w, dtype=exact)
         self._shares = torch.empty_like(self._scores)
-        self._along = table.new_empty(most, len(table))
         self._grown = table.new_empty(most * self.keys.shape[-1]) if self.is_grown else None
 
     def _padded(self, tokens: Tensor, padding: Tensor | None, num_more: int) -> Tensor:
@@ -188,9 +192,7 @@ class _Grids:
     def along(self, queries: Tensor) -> Tensor:
         """(heads, queries, d) by every offset of rows and columns: (heads, queries, 2h - 1 + 2w - 1)."""
         num_heads, num_queries, d = queries.shape
-        out = self._along[: num_heads * num_queries]
-        torch.mm(queries.reshape(-1, d), self.table.mT, out=out)
-        return out.view(num_heads, num_queries, -1)
+        return (queries.reshape(-1, d) @ self.table.mT).view(num_heads, num_queries, -1)
 
     def by_keys(self, along: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
         """Views of `along`, by rows and columns of the keys: (heads, rows, w', h) and (heads, rows, w', w).
@@ -209,6 +211,43 @@ class _Grids:
             (*shape, w), (strides[0], strides[1], strides[2] - 1, 1), start + 2 * h - 1 + w - 1
         )
         return rows, columns
+
+    def answers(self, *, learns: bool) -> Tensor:
+        """What the queries take: (n, h' * w', d); by the very shares of the backward pass where one follows."""
+        is_half = self.queries.dtype == torch.bfloat16
+        if not self.is_grown and not (is_half and learns):
+            return self._answers_of_kernel()
+        out = torch.empty_like(self.queries)
+        for piece in self.pieces():
+            shares = self.shares(piece).to(out.dtype)
+            products(shares, self.values[piece.heads], out=self.of_piece(out, piece))
+        return out
+
+    def _answers_of_kernel(self) -> Tensor:
+        """The same by torch's kernel, with a place for the biases of the queries at hand."""
+        (h, w), (num_rows, width) = self.window, self.region.asked
+        heads = -(-torch.get_num_threads() // 4)
+        rows = min(num_rows, -(-KERNEL_QUERIES // width))
+        out = torch.empty_like(self.queries)
+        biases = out.new_empty(
+            heads * rows * width * h * w, dtype=torch.promote_types(out.dtype, torch.float32)
+        )
+        for head, row in product(range(0, len(self.keys), heads), range(0, num_rows, rows)):
+            piece = _Piece(slice(head, head + heads), slice(row, row + rows))
+            queries = self.of_piece(self.queries, piece)
+            along_rows, along_columns = self.by_keys(self.along(queries), row)
+            bias = biases[: along_rows[..., 0].numel() * h * w].view(*along_rows.shape[:3], h, w)
+            torch.add(along_rows[..., None], along_columns[..., None, :], out=bias)
+            keys, values = self.keys[piece.heads], self.values[piece.heads]
+            answer = F.scaled_dot_product_attention(
+                queries[None],
+                keys[None],
+                values[None],
+                attn_mask=bias.view(1, *queries.shape[:2], h * w),
+                scale=1.0,
+            )
+            self.of_piece(out, piece).copy_(answer[0])
+        return out
 
     def shares(self, piece: _Piece) -> Tensor:
         """Each query's weights of the values: (heads, queries, h * w), float32 for bfloat16."""
@@ -247,19 +286,20 @@ def _put(out: Tensor, a: Tensor, b: Tensor, *, adds: bool = False) -> None:
 class _WindowedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, table: Tensor, padding: Tensor | None, window: tuple[int, int]
+        ctx: Any,
+        qkv: Tensor,
+        table: Tensor,
+        padding: Tensor | None,
+        window: tuple[int, int],
+        learns: bool,
     ) -> Tensor:
         num_heads, d = qkv.shape[4:]
         out = qkv.new_empty(*qkv.shape[:3], num_heads, d)
         with torch.autocast("cpu", enabled=False):
             for region in _regions((qkv.shape[1], qkv.shape[2]), window):
                 grids = _Grids(region, qkv, table, padding, window)
-                taken = torch.empty_like(grids.queries)
-                for piece in grids.pieces():
-                    shares, values = grids.shares(piece), grids.values[piece.heads]
-                    _put(grids.of_piece(taken, piece), shares.to(values.dtype), values)
                 view = region.of(out)
-                view.copy_(taken.view(view.shape))
+                view.copy_(grids.answers(learns=learns).view(view.shape))
         ctx.save_for_backward(qkv, table, padding, out)
         ctx.window = window
         return out.flatten(3)
@@ -296,6 +336,7 @@ class _WindowedAttention(torch.autograd.Function):
             of_qkv,
             of_table.to(table.dtype),
             None if of_padding is None else of_padding.to(qkv.dtype),
+            None,
             None,
         )
 

@@ -55,3 +55,38 @@ def test_large_tensors_reuse_the_pages_of_earlier_ones() -> None:
 def test_the_users_own_settings_win() -> None:
     said, _ = run(keep=True, MALLOC_ARENA_MAX="2")
     assert said == "False"
+
+
+HUGE = """
+from sam_train import allocator
+allocator.keep_freed_memory()
+import torch
+x = torch.ones(64 << 20)
+lines = open("/proc/self/smaps_rollup").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+lines = open("/proc/self/status").read().splitlines()
+print(next(line.split()[1] for line in lines if line.startswith("VmRSS")))
+"""
+
+
+def huge_pages_for_those_who_ask() -> bool:
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return setting.is_file() and "[never]" not in setting.read_text()
+
+
+@linux_only
+@pytest.mark.skipif(not huge_pages_for_those_who_ask(), reason="this system has no huge pages")
+@pytest.mark.parametrize("limited", [False, True])
+def test_large_tensors_lie_in_huge_pages_and_nothing_is_taken_ahead(limited: bool) -> None:
+    """`limited`: the address space has no room for a reservation; all else works."""
+    command = [sys.executable, "-c", HUGE]
+    if limited:
+        command = ["bash", "-c", 'ulimit -v 9000000 && exec "$@"', "bash", *command]
+    environment = {n: v for n, v in os.environ.items() if not n.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    huge, resident = map(int, done.stdout.split())
+    assert resident < 3e6
+    if not limited:
+        assert huge > 200_000

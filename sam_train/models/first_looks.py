@@ -43,7 +43,7 @@ class FirstImages(NamedTuple):
             projected: (N, H, d, L), the images by the layer whose weight is
             weight: (H, d, C).
         """
-        scores = tokens @ projected.index_select(0, self.image_index)
+        scores = self._by_image(tokens, projected)
         if self.cells is None:
             return scores
         of_cells = self._of_cells(weight)
@@ -57,7 +57,7 @@ class FirstImages(NamedTuple):
             projected: (N, H, L, d), the images by the layer whose weight is
             weight: (H, d, C).
         """
-        means = shares @ projected.index_select(0, self.image_index)
+        means = self._by_image(shares, projected)
         if self.cells is None:
             return means
         along = torch.bmm(shares.flatten(1, 2), self.cells.mT).view(*means.shape[:3], -1)
@@ -71,6 +71,18 @@ class FirstImages(NamedTuple):
         own = self.cell_rows.expand(len(values), -1, -1)
         weights, rows = torch.cat([self.cells, shares], dim=1), torch.cat([own, values], dim=1)
         return add_rows(images, self.image_index, weights, rows)
+
+    def _by_image(self, rows: Tensor, projected: Tensor) -> Tensor:
+        """(P, H, T, a) by the (N, H, a, b) of their images: (P, H, T, b)."""
+        num_images, num_prompts = len(projected), len(rows)
+        each = num_prompts // num_images
+        numbers = torch.arange(num_images, device=rows.device).repeat_interleave(each)
+        if not torch.equal(numbers, self.image_index):
+            return rows @ projected.index_select(0, self.image_index)
+        # As many for each image, one image after the other: an image's all at once, without a copy of it.
+        together = rows.unflatten(0, (num_images, each)).transpose(1, 2).flatten(2, 3)
+        apart = (together @ projected).unflatten(2, (each, -1)).transpose(1, 2)
+        return apart.flatten(0, 1)
 
     def _of_cells(self, weight: Tensor) -> Tensor:
         assert self.cell_rows is not None

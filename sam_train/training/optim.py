@@ -99,7 +99,11 @@ class AdamW:
             model, lr=self.lr, weight_decay=self.weight_decay, layer_decay=self.layer_decay
         )
         betas = self.betas[0], self.betas[1]
-        return torch.optim.AdamW([group.options() for group in groups], lr=self.lr, betas=betas)
+        options = [group.options() for group in groups]
+        optimizer = torch.optim.AdamW(options, lr=self.lr, betas=betas, fused=True)
+        # Gradients come unscaled, as for any other: the trainer clips them by their true norm.
+        optimizer._step_supports_amp_scaling = False
+        return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)

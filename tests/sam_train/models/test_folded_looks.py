@@ -80,8 +80,10 @@ def test_rows_are_added_to_the_images_of_the_prompts():
 
 
 @pytest.mark.parametrize("has_cells", [True, False])
-def test_what_prompts_share_is_projected_once_and_gives_the_same(has_cells):
-    images, index = draw(2, L, C), torch.tensor([1, 0, 1])
+@pytest.mark.parametrize("numbers", [[1, 0, 1], [0, 1, 2], [0, 0, 0], [2, 1, 0]])
+def test_what_prompts_share_is_projected_once_and_gives_the_same(has_cells, numbers):
+    """As many prompts for each image in turn, or any."""
+    images, index = draw(1 + max(numbers), L, C), torch.tensor(numbers)
     cells, rows = (draw(P, K, L), draw(K, C)) if has_cells else (None, None)
     start = FirstImages(images, index, cells, rows)
     weight = draw(HEADS, C // HEADS, C)

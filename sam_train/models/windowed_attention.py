@@ -30,6 +30,8 @@ MAX_GROWN = 0.6
 """Queries and keys grow by rows and columns up to so many of these for a channel: 14 + 14 for 64."""
 KERNEL_QUERIES = 1024
 """Queries of a head that torch's kernel gets at a time, with a quarter of them for each of four threads."""
+MAX_BIASES = 1 << 26
+"""Biases that are made at a time, unless those of one head are more."""
 MIN_TOKENS_IN_HALVES = 512
 """From so many tokens on, bfloat16 is taken too, which has kernels of its own for fewer."""
 
@@ -137,12 +139,13 @@ class _Grids:
         queries, keys, values = (region.of(x) for x in qkv.unbind(3))
         self.shape = queries.shape[:4]
         num_heads = math.prod(self.shape)
-        self.queries = (queries * self.scale).contiguous().view(num_heads, -1, qkv.shape[-1])
+        num_asked = region.asked[0] * region.asked[1]
+        self.queries = (queries * self.scale).reshape(num_heads, num_asked, qkv.shape[-1])
         padding_of = (None, None) if padding is None else (padding[1], padding[2])
         self.keys = self._padded(keys, padding_of[0], h + w if self.is_grown else 0)
         self.values = self._padded(values, padding_of[1], 0)
         if self.is_grown:
-            places = self.keys.view(num_heads, h, w, -1)[..., qkv.shape[-1] :]
+            places = self.keys.unflatten(1, window)[..., qkv.shape[-1] :]
             places[..., :h] = torch.eye(h, dtype=table.dtype)[:, None]
             places[..., h:] = torch.eye(w, dtype=table.dtype)
         self.size_of_piece = self._size_of_piece()
@@ -174,7 +177,7 @@ class _Grids:
         num_keys = self.keys.shape[1]
         num_heads = CACHE_FLOATS // (h * w * num_keys)
         if num_heads:
-            return min(num_heads, len(self.keys)), h
+            return min(num_heads, max(1, len(self.keys))), h
         return 1, min(h, max(1, CACHE_FLOATS // (w * num_keys)))
 
     def pieces(self) -> Iterator[_Piece]:
@@ -226,11 +229,13 @@ class _Grids:
     def _answers_of_kernel(self) -> Tensor:
         """The same by torch's kernel, with a place for the biases of the queries at hand."""
         (h, w), (num_rows, width) = self.window, self.region.asked
-        heads = -(-torch.get_num_threads() // 4)
         rows = min(num_rows, -(-KERNEL_QUERIES // width))
+        num_biases = rows * width * h * w
+        at_once = min(len(self.keys), -(-torch.get_num_threads() // 4))
+        heads = max(1, min(at_once, MAX_BIASES // num_biases))
         out = torch.empty_like(self.queries)
         biases = out.new_empty(
-            heads * rows * width * h * w, dtype=torch.promote_types(out.dtype, torch.float32)
+            heads * num_biases, dtype=torch.promote_types(out.dtype, torch.float32)
         )
         for head, row in product(range(0, len(self.keys), heads), range(0, num_rows, rows)):
             piece = _Piece(slice(head, head + heads), slice(row, row + rows))
@@ -308,7 +313,7 @@ class _WindowedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, table, padding, out = ctx.saved_tensors
-        gradient = gradient.view(out.shape)
+        gradient = gradient.reshape(out.shape)
         exact = torch.promote_types(qkv.dtype, torch.float32)
         # The softmax's own term is one number a query.
         means = (gradient * out).sum(dim=-1, keepdim=True, dtype=exact)

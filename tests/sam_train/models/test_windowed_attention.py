@@ -155,3 +155,16 @@ def test_who_attends_in_pieces():
         return t
 
     torch.func.vmap(within_a_transform)(torch.zeros(2, 1))
+
+
+def test_no_images_and_gradients_of_any_layout(relative_error):
+    window = (4, 3)
+    inputs = inputs_of(window, torch.float64)
+    none = inputs[0].detach()[:0]
+    assert answer_of(pieces.windowed_attention, [none, *inputs[1:]], window).shape[0] == 0
+    answer = answer_of(pieces.windowed_attention, inputs, window)
+    pull = torch.randn(32, *SIZE, 2, dtype=torch.float64).permute(3, 1, 2, 0)
+    got = torch.autograd.grad(answer, inputs, pull)
+    expected = torch.autograd.grad(stored(*inputs, window), inputs, pull)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)

@@ -44,6 +44,8 @@ from sam_train.training.optim import AdamW, StepSchedule
 IMG_SIZE, NUM_IMAGES, NUM_MASKS, NUM_CORRECTIONS = 256, 4, 16, 3
 STRIDE = 4
 """Input pixels a cell of the mask grid."""
+WARM_UPS = 3
+"""Steps of each before those that are timed: until then the heap still grows, and pages are touched first."""
 PARTS = (
     "encoder, forward",
     "encoder, backward",
@@ -394,10 +396,10 @@ def main() -> None:
     batch = made_up_batch()
     error, worst, number = compare_gradients(ours, peer, batch)
     times: dict[str, list[dict[str, float]]] = {ours.name: [], peer.name: []}
-    for repeat in range(arguments.repeats + 1):
+    for repeat in range(-WARM_UPS, arguments.repeats):
         for step in (ours, peer) if repeat % 2 else (peer, ours):
             seconds = take_step(step, batch)
-            if repeat:  # the first warms up
+            if repeat >= 0:
                 times[step.name].append(seconds)
     report = "\n".join(
         [
@@ -407,7 +409,7 @@ def main() -> None:
             f"{NUM_CORRECTIONS} corrections. ViT of {arguments.depth} blocks of width "
             f"{arguments.width}, decoder of width {arguments.decoder_width}. CPU time of one thread, float32, "
             f"torch {torch.__version__}, transformers {transformers.__version__}; medians of "
-            f"{arguments.repeats} steps each, taken in turn in one process.",
+            f"{arguments.repeats} steps each after {WARM_UPS}, taken in turn in one process.",
             "",
             f"Gradients of {number} parameters to the same prompts: largest relative difference "
             f"{error:.1e} ({worst}).",

@@ -385,7 +385,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="steps of each that are timed")
     parser.add_argument("--out", type=Path, help="folder that also gets the table as a file")
     arguments = parser.parse_args()
-    allocator.keep_freed_memory()
+    allocator.keep_freed_memory(huge_pages=True)  # as sam-train does
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     model = build(arguments.width, arguments.depth, arguments.decoder_width)

@@ -12,12 +12,12 @@ PRECISIONS = (FULL, "bf16-mixed", "16-mixed")
 """Lightning's names, as of `trainer.precision`."""
 
 
-def prepare_host() -> None:
+def prepare_host(*, runs_long: bool = False) -> None:
     """Settles how this process treats memory, before its first large tensor."""
     import torch
 
     if not torch.cuda.is_available():
-        allocator.keep_freed_memory()
+        allocator.keep_freed_memory(huge_pages=runs_long)
 
 
 def device(name: str) -> str:

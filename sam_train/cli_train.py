@@ -48,7 +48,7 @@ def train(cfg: DictConfig) -> None:
     from sam_train.training import run_lock
 
     config.check_complete(cfg)
-    cli_common.prepare_host()
+    cli_common.prepare_host(runs_long=True)
     _settle_run_dir(cfg)
     _settle_model(cfg)
     folder = Path(cfg.run_dir)

@@ -76,7 +76,7 @@ def test_a_library_that_answers_the_interrupt_with_an_error_of_its_own_is_no_bug
             raise RuntimeError("a reader has gone") from None
 
     monkeypatch.setattr(
-        cli_common, "prepare_host", lambda: work(lambda: os.kill(os.getpid(), signal.SIGTERM))
+        cli_common, "prepare_host", lambda **_: work(lambda: os.kill(os.getpid(), signal.SIGTERM))
     )
     assert cli.run("train", [*toy, f"run_dir={tmp_path}"]) == 130
     assert "Traceback" not in capsys.readouterr().err

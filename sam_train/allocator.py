@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from pathlib import Path
 
 # Numbers of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -12,6 +13,7 @@ TOP_PAD_BYTES = 64 << 20
 # Of mman.h.
 MADV_HUGEPAGE = 14
 HUGE_PAGE_BYTES = 2 << 20
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 def keep_freed_memory(*, huge_pages: bool = False) -> bool:
@@ -40,21 +42,33 @@ def keep_freed_memory(*, huge_pages: bool = False) -> bool:
         return False
     settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, TOP_PAD_BYTES))
     done = [mallopt(name, value) == 1 for name, value in settings]
-    accepted = all(done)
-    if (
-        accepted
-        and huge_pages
-        and "glibc.malloc.hugetlb" not in os.environ.get("GLIBC_TUNABLES", "")
-    ):
+    if all(done) and huge_pages and _may_reserve():
         _ask_for_huge_pages(libc)
-    return accepted
+    return all(done)
+
+
+def _may_reserve() -> bool:
+    """Whether addresses cost nothing here: no limit, no account of them, and no settings of the user's.
+
+    After a `malloc` that fails, glibc gives a thread another heap, to which the settings do not apply.
+    """
+    import resource  # not on Windows
+
+    if "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return False
+    limits = (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return False
+    try:
+        return OVERCOMMIT.read_text().strip() != "2"
+    except OSError:
+        return False
 
 
 def _ask_for_huge_pages(libc: ctypes.CDLL) -> None:
     """Grows the heap by half of what the machine has, without touching it, and asks for huge pages there.
 
-    What is freed stays the heap's, so that every later block comes from there. Where so much may not be
-    reserved, all stays as it is.
+    What is freed stays the heap's, so that every later block comes from there.
     """
     libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     libc.free.argtypes = [ctypes.c_void_p]

@@ -75,9 +75,9 @@ class FirstImages(NamedTuple):
     def _by_image(self, rows: Tensor, projected: Tensor) -> Tensor:
         """(P, H, T, a) by the (N, H, a, b) of their images: (P, H, T, b)."""
         num_images, num_prompts = len(projected), len(rows)
-        each = num_prompts // num_images
+        each = num_prompts // max(1, num_images)
         numbers = torch.arange(num_images, device=rows.device).repeat_interleave(each)
-        if not torch.equal(numbers, self.image_index):
+        if not each or not torch.equal(numbers, self.image_index):
             return rows @ projected.index_select(0, self.image_index)
         # As many for each image, one image after the other: an image's all at once, without a copy of it.
         together = rows.unflatten(0, (num_images, each)).transpose(1, 2).flatten(2, 3)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sam_train.models.products import add_products, products
 
@@ -90,6 +89,14 @@ def add_rows(images: Tensor, image_index: Tensor, weights: Tensor, rows: Tensor)
     return _AddRows.apply(images, image_index, weights, rows)
 
 
+def _refuse_gradients_of_gradients() -> None:
+    """`once_differentiable` leaves out, without a word, what asks by way of the inputs."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the decoder's looks on the CPU have no derivatives of derivatives: without create_graph, please"
+        )
+
+
 def _softmax_gradient(of_shares: Tensor, shares: Tensor, dim: int) -> Tensor:
     return torch.ops.aten._softmax_backward_data(of_shares, shares, dim, shares.dtype)
 
@@ -109,10 +116,10 @@ class _TokensToImage(torch.autograd.Function):
         return products(shares, image), image, keys
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, gradient: Tensor | None, passed: Tensor | None, _: None
     ) -> tuple[Any, ...]:
+        _refuse_gradients_of_gradients()
         if gradient is None:
             return None, passed, None
         folded, image, image_pe, keys, shares = ctx.saved_tensors
@@ -147,8 +154,8 @@ class _ImageToTokens(torch.autograd.Function):
         return add_products(image, shares.mT, values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        _refuse_gradients_of_gradients()
         image_pe, keys, folded, values, shares = ctx.saved_tensors
         of_shares = products(values, gradient.mT).unflatten(1, (ctx.num_heads, -1))
         by_head = shares.view_as(of_shares)
@@ -174,8 +181,8 @@ class _AddRows(torch.autograd.Function):
         return add_products(images.index_select(0, image_index), weights.mT, rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        _refuse_gradients_of_gradients()
         image_index, weights, rows = ctx.saved_tensors
         of_images = None
         if ctx.needs_input_grad[0]:

@@ -38,7 +38,7 @@ _HOOKED = threading.Lock()
 
 
 class _Block(Block):
-    """timm's block, with `rel_pos_attention`, and no linear layer over the padding of windows.
+    """timm's block, with `windowed_attention`, and no linear layer over the padding of windows.
 
     Windows of 14 cut 16 x 16 tokens (256 px) into 28 x 28, two thirds of it padding. Its queries, keys and
     values are one vector, its answers are thrown away: the same result. Stochastic depth drops a block for
@@ -76,7 +76,7 @@ class _Block(Block):
         size, side = (x.shape[1], x.shape[2]), self.window_size
         attention = self.attn
         window = (side, side) if side else size
-        has_padding = size[0] % window[0] or size[1] % window[1]
+        has_padding = bool(size[0] % window[0] or size[1] % window[1])
         qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
         padding = None
         if has_padding:

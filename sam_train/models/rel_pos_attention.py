@@ -2,9 +2,9 @@
 
 scores[q, k] = scale * q . k + along_rows[q, row of k] + along_columns[q, column of k]
 
-For 64 x 64 tokens, scores and biases are 67 MB a head each. There the two sums join the dot product: queries
-grow by their biases, keys by which row and column they are in, so that attention kernels that know no such
-bias apply. `windowed_attention` is the form for the CPU.
+For 64 x 64 tokens, scores and biases are 67 MB a head each. Of so many (`STORED_TOKENS`), the two sums join
+the dot product: queries grow by their biases, keys by which row and column they are in, so that attention
+kernels that know no such bias apply. `windowed_attention` is the form for the CPU.
 """
 
 from __future__ import annotations

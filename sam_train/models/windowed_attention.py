@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sam_train.models.products import is_on_cpu_now, is_plain_cpu, products
+from sam_train.models.rel_pos_attention import attend_in_windows
 
 CACHE_FLOATS = 1 << 20
 """Scores that are worked on at a time."""
@@ -66,8 +66,7 @@ def windowed_attention(
     table = torch.cat(tables).to(qkv.dtype)
     if padding is not None:
         padding = padding.to(qkv.dtype)
-    learns = torch.is_grad_enabled() and (qkv.requires_grad or table.requires_grad)
-    return _WindowedAttention.apply(qkv, table, padding, window, learns)
+    return _WindowedAttention.apply(qkv, table, padding, window)
 
 
 def _of_offsets(table: Tensor) -> Tensor:
@@ -117,8 +116,8 @@ class _Grids:
     """The windows of a region, head by head: (n, tokens, ...).
 
     Attributes:
-        queries: (n, h' * w', d), scaled.
-        keys: (n, h * w, d), or grown by their rows and columns: (n, h * w, d + h + w).
+        queries: (n, h' * w', d).
+        keys: (n, h * w, d), scaled, or grown by their rows and columns: (n, h * w, d + h + w).
         values: (n, h * w, d).
     """
 
@@ -131,18 +130,17 @@ class _Grids:
         window: tuple[int, int],
     ) -> None:
         self.region, self.window = region, window
-        self.scale = qkv.shape[-1] ** -0.5
-        # By a scaled query.
-        self.table = table / self.scale
+        self.scale, self.table = qkv.shape[-1] ** -0.5, table
         h, w = window
         self.is_grown = table.dtype != torch.bfloat16 and h + w <= MAX_GROWN * qkv.shape[-1]
         queries, keys, values = (region.of(x) for x in qkv.unbind(3))
         self.shape = queries.shape[:4]
         num_heads = math.prod(self.shape)
         num_asked = region.asked[0] * region.asked[1]
-        self.queries = (queries * self.scale).reshape(num_heads, num_asked, qkv.shape[-1])
+        self.queries = queries.reshape(num_heads, num_asked, qkv.shape[-1])
         padding_of = (None, None) if padding is None else (padding[1], padding[2])
         self.keys = self._padded(keys, padding_of[0], h + w if self.is_grown else 0)
+        self.keys[..., : qkv.shape[-1]] *= self.scale
         self.values = self._padded(values, padding_of[1], 0)
         if self.is_grown:
             places = self.keys.unflatten(1, window)[..., qkv.shape[-1] :]
@@ -215,10 +213,10 @@ class _Grids:
         )
         return rows, columns
 
-    def answers(self, *, learns: bool) -> Tensor:
-        """What the queries take: (n, h' * w', d); by the very shares of the backward pass where one follows."""
-        is_half = self.queries.dtype == torch.bfloat16
-        if not self.is_grown and not (is_half and learns):
+    def answers(self) -> Tensor:
+        """What the queries take: (n, h' * w', d)."""
+        # Of bfloat16, torch's kernel makes up to three times the error.
+        if not self.is_grown and self.queries.dtype != torch.bfloat16:
             return self._answers_of_kernel()
         out = torch.empty_like(self.queries)
         for piece in self.pieces():
@@ -296,7 +294,6 @@ class _WindowedAttention(torch.autograd.Function):
         table: Tensor,
         padding: Tensor | None,
         window: tuple[int, int],
-        learns: bool,
     ) -> Tensor:
         num_heads, d = qkv.shape[4:]
         out = qkv.new_empty(*qkv.shape[:3], num_heads, d)
@@ -304,15 +301,16 @@ class _WindowedAttention(torch.autograd.Function):
             for region in _regions((qkv.shape[1], qkv.shape[2]), window):
                 grids = _Grids(region, qkv, table, padding, window)
                 view = region.of(out)
-                view.copy_(grids.answers(learns=learns).view(view.shape))
+                view.copy_(grids.answers().view(view.shape))
         ctx.save_for_backward(qkv, table, padding, out)
         ctx.window = window
         return out.flatten(3)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         qkv, table, padding, out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(qkv, table, padding, ctx.window, gradient)
         gradient = gradient.reshape(out.shape)
         exact = torch.promote_types(qkv.dtype, torch.float32)
         # The softmax's own term is one number a query.
@@ -342,8 +340,28 @@ class _WindowedAttention(torch.autograd.Function):
             of_table.to(table.dtype),
             None if of_padding is None else of_padding.to(qkv.dtype),
             None,
-            None,
         )
+
+
+def _differentiable_gradients(
+    qkv: Tensor,
+    table: Tensor,
+    padding: Tensor | None,
+    window: tuple[int, int],
+    gradient: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients that have gradients themselves, by torch's kernels."""
+    # Detached from what comes before, but for the graph of the gradients.
+    inputs = [x if x is None else x.view_as(x) for x in (qkv, table, padding)]
+    again, of_offsets, padded = inputs
+    assert again is not None and of_offsets is not None
+    num_rows = 2 * window[0] - 1
+    rel_pos = (of_offsets[:num_rows].flip(0), of_offsets[num_rows:].flip(0))
+    out = attend_in_windows(again, rel_pos, window, padded)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(out, wanted, gradient, create_graph=True))
+    grads = [next(found) if x is not None and x.requires_grad else None for x in inputs]
+    return *grads, None
 
 
 def _gradients(
@@ -386,7 +404,6 @@ def _gradients(
             of_columns.copy_(by_places.sum(dim=3))
         of_along = of_along.to(pull.dtype).flatten(0, 1)
         by_table = (of_along @ grids.table).view(queries.shape)
-        torch.add(back[..., :d], by_table, out=by_table).mul_(grids.scale)
-        grids.of_piece(of_queries, piece).copy_(by_table)
-        of_table.add_(of_along.mT @ queries.reshape(-1, d), alpha=1 / grids.scale)
-    return of_queries, of_keys, of_values
+        torch.add(back[..., :d], by_table, out=grids.of_piece(of_queries, piece))
+        of_table += of_along.mT @ queries.reshape(-1, d)
+    return of_queries, of_keys.mul_(grids.scale), of_values

@@ -101,7 +101,9 @@ class AdamW:
         betas = self.betas[0], self.betas[1]
         options = [group.options() for group in groups]
         optimizer = torch.optim.AdamW(options, lr=self.lr, betas=betas, fused=True)
-        # Gradients come unscaled, as for any other: the trainer clips them by their true norm.
+        # A fused optimizer may unscale gradients itself, and is therefore not clipped by Lightning under
+        # mixed precision. Here the scaler does it before, as for any other. Its kernel on the CPU goes by
+        # memory: a gradient must lie as its parameter does, as autograd's own do.
         optimizer._step_supports_amp_scaling = False
         return optimizer
 

@@ -99,3 +99,10 @@ def test_what_prompts_share_is_projected_once_and_gives_the_same(has_cells, numb
         start.plus(shares.flatten(1, 2), values, bias),
         own + bias + shares.flatten(1, 2).mT @ values,
     )
+
+
+def test_derivatives_of_derivatives_are_refused_by_way_of_the_inputs_too():
+    image, folded = draw(P, L, C), draw(P, R, C)
+    pooled, _ = tokens_to_image(folded, image, torch.zeros(1, L, C, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="derivatives of derivatives"):
+        torch.autograd.grad(pooled.square().sum(), (folded, image), create_graph=True)

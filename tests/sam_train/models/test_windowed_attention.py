@@ -116,6 +116,8 @@ def test_bfloat16_is_as_near_as_stored_scores_in_it(autocast, relative_error, mo
         return got, gradients_of(got.float(), halves)
 
     got, gradients = answer(lambda x: answer_of(pieces.windowed_attention, x, window))
+    with torch.no_grad():
+        assert torch.equal(answer_of(pieces.windowed_attention, halves, window), got)
     plain, of_plain = answer(lambda x: stored(*x, window))
 
     assert got.dtype == plain.dtype == torch.bfloat16
@@ -166,5 +168,25 @@ def test_no_images_and_gradients_of_any_layout(relative_error):
     pull = torch.randn(32, *SIZE, 2, dtype=torch.float64).permute(3, 1, 2, 0)
     got = torch.autograd.grad(answer, inputs, pull)
     expected = torch.autograd.grad(stored(*inputs, window), inputs, pull)
+    for one, other in zip(got, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_gradients_have_gradients(window):
+    """As of a penalty on the gradients, by way of the inputs."""
+    inputs = inputs_of(window, torch.float64)
+
+    def of_penalty(attend) -> tuple[Tensor, ...]:
+        answer = attend().sin().sum()
+        grads = torch.autograd.grad(
+            answer, inputs, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        penalty = sum(x.square().sum() for x in grads)
+        return torch.autograd.grad(penalty, inputs, allow_unused=True, materialize_grads=True)
+
+    got = of_penalty(lambda: answer_of(pieces.windowed_attention, inputs, window))
+    expected = of_penalty(lambda: stored(*inputs, window))
+    assert any(x.any() for x in expected)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sam_train.models.products import is_on_cpu_now, is_plain_cpu, products
 from sam_train.models.rel_pos_attention import attend_in_windows
+from sam_train.models.windows import Region, regions
 
 CACHE_FLOATS = 1 << 20
 """Scores that are worked on at a time."""
@@ -74,37 +75,6 @@ def _of_offsets(table: Tensor) -> Tensor:
     return torch.cat([table[1:, 0].flip(0), table[0]])
 
 
-class _Region(NamedTuple):
-    """Windows of one kind: whole ones, those cut off at the right, at the bottom, and at both.
-
-    Attributes:
-        rows, columns: of the image's tokens.
-        counts: windows above and beside each other.
-        asked: (h', w') tokens of each that are no padding.
-    """
-
-    rows: slice
-    columns: slice
-    counts: tuple[int, int]
-    asked: tuple[int, int]
-
-    def of(self, x: Tensor) -> Tensor:
-        """A view of (N, H, W, heads, c): (N, above, beside, heads, h', w', c)."""
-        (above, beside), (h, w) = self.counts, self.asked
-        tokens = x[:, self.rows, self.columns].unflatten(2, (beside, w)).unflatten(1, (above, h))
-        return tokens.permute(0, 1, 3, 5, 2, 4, 6)
-
-
-def _regions(size: tuple[int, int], window: tuple[int, int]) -> Iterator[_Region]:
-    runs = []
-    for length, side in zip(size, window, strict=True):
-        whole, rest = divmod(length, side)
-        along = [(slice(0, whole * side), whole, side), (slice(whole * side, length), 1, rest)]
-        runs.append([run for run in along if run[1] and run[2]])
-    for (rows, above, h), (columns, beside, w) in product(*runs):
-        yield _Region(rows, columns, (above, beside), (h, w))
-
-
 class _Piece(NamedTuple):
     """Heads (of windows) and rows of queries whose scores are worked on at a time."""
 
@@ -123,7 +93,7 @@ class _Grids:
 
     def __init__(
         self,
-        region: _Region,
+        region: Region,
         qkv: Tensor,
         table: Tensor,
         padding: Tensor | None,
@@ -298,7 +268,7 @@ class _WindowedAttention(torch.autograd.Function):
         num_heads, d = qkv.shape[4:]
         out = qkv.new_empty(*qkv.shape[:3], num_heads, d)
         with torch.autocast("cpu", enabled=False):
-            for region in _regions((qkv.shape[1], qkv.shape[2]), window):
+            for region in regions((qkv.shape[1], qkv.shape[2]), window):
                 grids = _Grids(region, qkv, table, padding, window)
                 view = region.of(out)
                 view.copy_(grids.answers().view(view.shape))
@@ -319,7 +289,7 @@ class _WindowedAttention(torch.autograd.Function):
         of_table = torch.zeros_like(table, dtype=exact)
         of_padding = None if padding is None else torch.zeros_like(padding, dtype=exact)
         with torch.autocast("cpu", enabled=False):
-            for region in _regions((qkv.shape[1], qkv.shape[2]), ctx.window):
+            for region in regions((qkv.shape[1], qkv.shape[2]), ctx.window):
                 grids = _Grids(region, qkv, table, padding, ctx.window)
                 of_queries, of_keys, of_values = _gradients(
                     grids, region.of(gradient), region.of(means), of_table

@@ -54,40 +54,35 @@ def gradients_of(answer: Tensor, inputs: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(scalar, inputs, allow_unused=True, materialize_grads=True)
 
 
+def check_against_stored_scores(attend, window: tuple[int, int]) -> None:
+    """Answers and gradients."""
+    inputs = inputs_of(window, torch.float64)
+    expected, got = stored(*inputs, window), answer_of(attend, inputs, window)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(gradients_of(got, inputs), gradients_of(expected, inputs), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize(
     ("num_heads_at_a_time", "grows"),
     [(100, True), (100, False), (1, True), (0.4, True), (0.4, False), (0, False)],
 )
 def test_answers_and_gradients_are_those_of_stored_scores(
-    window, num_heads_at_a_time, grows, relative_error, monkeypatch
+    window, num_heads_at_a_time, grows, monkeypatch
 ):
     num_scores = window[0] * window[1] * min(SIZE[0], window[0]) * min(SIZE[1], window[1])
     monkeypatch.setattr(pieces, "CACHE_FLOATS", int(num_heads_at_a_time * num_scores))
     monkeypatch.setattr(pieces, "MAX_GROWN", 100.0 if grows else 0.0)
     monkeypatch.setattr(pieces, "KERNEL_QUERIES", 10)
-    inputs = inputs_of(window, torch.float64)
-
-    expected = stored(*inputs, window)
-    got = answer_of(pieces.windowed_attention, inputs, window)
-
-    assert relative_error(got, expected) < 1e-13
-    for one, other in zip(gradients_of(got, inputs), gradients_of(expected, inputs), strict=True):
-        torch.testing.assert_close(one, other)
+    check_against_stored_scores(pieces.windowed_attention, window)
 
 
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 @pytest.mark.parametrize("stored_tokens", [1, 1 << 20])
-def test_by_torchs_kernels_they_are_the_same(window, stored_tokens, relative_error, monkeypatch):
+def test_by_torchs_kernels_they_are_the_same(window, stored_tokens, monkeypatch):
     monkeypatch.setattr(kernels, "STORED_TOKENS", stored_tokens)
-    inputs = inputs_of(window, torch.float64)
-
-    expected = stored(*inputs, window)
-    got = answer_of(kernels.attend_in_windows, inputs, window)
-
-    assert relative_error(got, expected) < 1e-13
-    for one, other in zip(gradients_of(got, inputs), gradients_of(expected, inputs), strict=True):
-        torch.testing.assert_close(one, other)
+    check_against_stored_scores(kernels.attend_in_windows, window)
 
 
 @pytest.mark.parametrize("attend", [pieces.windowed_attention, kernels.attend_in_windows])

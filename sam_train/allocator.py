@@ -1,4 +1,4 @@
-"""Large tensors on the CPU in memory that is kept between the steps of a run, and lies in huge pages."""
+"""Large tensors on the CPU in memory that is kept between the steps of a run, in huge pages where asked."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ define install
 endef
 
 .venv/core: .venv/made pyproject.toml
-	$(call install,.)
+	$(call install,.[cpu])
 
 .venv/dev: .venv/made pyproject.toml
 	$(call install,.[dev])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sam_train.models import compiled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,26 +43,79 @@ class MaskLoss:
         with torch.autocast(mask_logits.device.type, enabled=False):
             logits = mask_logits.float()
             target = gt_masks[:, None].to(logits.dtype)
-            probability = logits.sigmoid()
-            loss = self.dice * dice_loss(probability, target)
-            if self.bce or self.focal:
-                cross_entropy = F.binary_cross_entropy_with_logits(
-                    logits, target.expand_as(logits), reduction="none"
-                )
-            if self.bce:
-                loss = loss + self.bce * cross_entropy.mean(dim=(-2, -1))
-            if self.focal:
-                loss = loss + self.focal * self._focal(probability, target, cross_entropy)
+            return self._of_sums(logits.flatten(2), target.flatten(1))
+
+    def _of_sums(self, logits: Tensor, target: Tensor) -> Tensor:
+        """The loss of logits (P, M, L) and a target (P, L)."""
+        # What has no weight must not put its infinities into the gradient.
+        gamma = self.focal_gamma if self.focal else None
+        if (
+            gamma in (None, 2)
+            and target.shape == (len(logits), logits.shape[2])
+            and compiled.takes(logits, target)
+            and not target.requires_grad
+        ):
+            inputs = logits.contiguous(), target.contiguous()
+            sums = _PixelSums.apply(*inputs, self.focal_alpha, gamma)
+        else:
+            sums = pixel_sums(logits, target, self.focal_alpha, gamma)
+        area, overlap, cross_entropy, focal = sums.unbind(-1)
+        loss = self.dice * dice_loss(overlap, area + target.sum(dim=1, keepdim=True))
+        for weight, total in ((self.bce, cross_entropy), (self.focal, focal)):
+            if weight:
+                loss = loss + weight * total / logits.shape[2]
         return loss
 
-    def _focal(self, probability: Tensor, target: Tensor, cross_entropy: Tensor) -> Tensor:
+
+def dice_loss(overlap: Tensor, areas: Tensor) -> Tensor:
+    """1 minus the soft dice overlap, one pixel added to both sides, of the overlap and both areas together."""
+    return 1 - (2 * overlap + 1) / (areas + 1)
+
+
+def pixel_sums(logits: Tensor, target: Tensor, alpha: float, gamma: float | None) -> Tensor:
+    """What the losses are made of, summed over the pixels.
+
+    Args:
+        logits: (P, M, L).
+        target: (P, L) in [0, 1].
+        alpha, gamma: `MaskLoss.focal_alpha` and `focal_gamma`; None for no focal loss, but zeros.
+
+    Returns:
+        (P, M, 4): probability, probability x target, cross-entropy and focal loss.
+    """
+    probability, target = logits.sigmoid(), target[:, None]
+    cross_entropy = F.binary_cross_entropy_with_logits(
+        logits, target.expand_as(logits), reduction="none"
+    )
+    if gamma is None:
+        focal = torch.zeros_like(probability)
+    else:
         wrong = probability + target - 2 * probability * target
-        weight = self.focal_alpha * target + (1 - self.focal_alpha) * (1 - target)
-        return (weight * wrong**self.focal_gamma * cross_entropy).mean(dim=(-2, -1))
+        weight = alpha * target + (1 - alpha) * (1 - target)
+        focal = weight * wrong**gamma * cross_entropy
+    parts = (probability, probability * target, cross_entropy, focal)
+    return torch.stack([part.sum(dim=-1) for part in parts], dim=-1)
 
 
-def dice_loss(probability: Tensor, target: Tensor) -> Tensor:
-    """1 minus the soft dice overlap, one pixel added to both sides: (..., h, w) to (...)."""
-    overlap = (probability * target).sum(dim=(-2, -1))
-    total = probability.sum(dim=(-2, -1)) + target.sum(dim=(-2, -1))
-    return 1 - (2 * overlap + 1) / (total + 1)
+class _PixelSums(torch.autograd.Function):
+    """`pixel_sums` of gamma 2 in one pass, and in one backwards."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, target: Tensor, alpha: float, gamma: float | None
+    ) -> Tensor:
+        ctx.save_for_backward(logits, target)
+        ctx.alpha, ctx.gamma = alpha, gamma
+        return compiled.pixel_sums(logits, target, alpha)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target = ctx.saved_tensors
+        if torch.is_grad_enabled() or not compiled.takes(gradient):
+            with torch.enable_grad():
+                again = logits.view_as(logits)
+                sums = pixel_sums(again, target, ctx.alpha, ctx.gamma)
+                found = torch.autograd.grad(sums, again, gradient, create_graph=True)
+            return *found, None, None, None
+        of_logits = compiled.pixel_sums_back(gradient.contiguous(), logits, target, ctx.alpha)
+        return of_logits, None, None, None

@@ -157,15 +157,10 @@ def stride_two_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return linear(patches, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias)
 
 
-def stride_two_deconv(conv: nn.ConvTranspose2d, x: Tensor) -> Tensor:
-    """A 2x2 transposed convolution of stride 2, its sub-pixels left in an axis: (..., C) to (..., 4, C').
+def deconv_as_linear(conv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
+    """A 2x2 transposed convolution of stride 2 as a linear layer: weight (4 * C', C) and bias (4 * C',).
 
     The four are the rows then the columns of the 2x2 block that the pixel becomes.
     """
-    return linear(x, *deconv_as_linear(conv)).unflatten(-1, (4, -1))
-
-
-def deconv_as_linear(conv: nn.ConvTranspose2d) -> tuple[Tensor, Tensor]:
-    """Weight (4 * C', C) and bias (4 * C',) of `stride_two_deconv`'s linear layer."""
     assert conv.bias is not None
     return conv.weight.permute(2, 3, 1, 0).flatten(0, 2), conv.bias.repeat(4)

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sam_train.models.folded_looks import add_rows
+from sam_train.models.folded_looks import add_rows, is_in_turn
+from sam_train.models.per_head import per_head
 
 
 class FirstImages(NamedTuple):
@@ -36,22 +37,21 @@ class FirstImages(NamedTuple):
     cell_rows: Tensor | None = None
 
     def scores(self, tokens: Tensor, projected: Tensor, weight: Tensor) -> Tensor:
-        """Products of (P, H, T, d) tokens with the image tokens of their prompts: (P, H, T, L).
+        """Products of tokens with the image tokens of their prompts: (P, T, H, L).
 
         Args:
-            tokens: (P, H, T, d).
+            tokens: (P, T, H, d).
             projected: (N, H, d, L), the images by the layer whose weight is
             weight: (H, d, C).
         """
         scores = self._by_image(tokens, projected)
         if self.cells is None:
             return scores
-        of_cells = self._of_cells(weight)
-        along = torch.einsum("phtd,khd->phtk", tokens, of_cells).flatten(1, 2)
+        along = per_head(tokens, self._of_cells(weight)[None]).flatten(1, 2)
         return scores + torch.bmm(along, self.cells).view_as(scores)
 
     def means(self, shares: Tensor, projected: Tensor, weight: Tensor) -> Tensor:
-        """Sums of the image tokens, projected, by (P, H, T, L) shares: (P, H, T, d).
+        """Sums of the image tokens, projected, by (P, T, H, L) shares: (P, T, H, d).
 
         Args:
             projected: (N, H, L, d), the images by the layer whose weight is
@@ -61,7 +61,7 @@ class FirstImages(NamedTuple):
         if self.cells is None:
             return means
         along = torch.bmm(shares.flatten(1, 2), self.cells.mT).view(*means.shape[:3], -1)
-        return means + torch.einsum("phtk,khd->phtd", along, self._of_cells(weight))
+        return means + per_head(along, self._of_cells(weight).mT[None])
 
     def plus(self, shares: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         """The image tokens with (P, R, C) values by (P, R, L) shares and a bias (C,): (P, L, C)."""
@@ -73,17 +73,14 @@ class FirstImages(NamedTuple):
         return add_rows(images, self.image_index, weights, rows)
 
     def _by_image(self, rows: Tensor, projected: Tensor) -> Tensor:
-        """(P, H, T, a) by the (N, H, a, b) of their images: (P, H, T, b)."""
-        num_images, num_prompts = len(projected), len(rows)
-        each = num_prompts // max(1, num_images)
-        numbers = torch.arange(num_images, device=rows.device).repeat_interleave(each)
-        if not each or not torch.equal(numbers, self.image_index):
-            return rows @ projected.index_select(0, self.image_index)
-        # As many for each image, one image after the other: an image's all at once, without a copy of it.
-        together = rows.unflatten(0, (num_images, each)).transpose(1, 2).flatten(2, 3)
-        apart = (together @ projected).unflatten(2, (each, -1)).transpose(1, 2)
-        return apart.flatten(0, 1)
+        """(P, T, H, a) by the (N, H, a, b) of their images: (P, T, H, b)."""
+        if is_in_turn(self.image_index, len(projected)):
+            # An image's prompts all at once, without a copy of it.
+            return per_head(rows, projected)
+        own = projected.index_select(0, self.image_index)
+        return (rows.transpose(1, 2) @ own).transpose(1, 2)
 
     def _of_cells(self, weight: Tensor) -> Tensor:
+        """What the cells add to a projection by (H, d, C): (H, d, K)."""
         assert self.cell_rows is not None
-        return torch.einsum("kc,hdc->khd", self.cell_rows, weight)
+        return weight @ self.cell_rows.T

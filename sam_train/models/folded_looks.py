@@ -4,7 +4,7 @@ On a CPU, sums and copies of the image's size cost as much as the products betwe
 codes have no gradient to be summed, and what a look adds to the image tokens' gradient is one product that
 starts from the gradient so far.
 
-Shapes: P prompts, L image tokens, C channels, R rows of a prompt: heads x tokens, heads outermost.
+Shapes: P prompts, L image tokens, C channels, R rows of a prompt: tokens x heads, tokens outermost.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sam_train.models import compiled
 from sam_train.models.products import add_products, products
 
 
@@ -66,7 +67,7 @@ def image_to_tokens(seen: Seen, image_pe: Tensor, look: LookBack, num_heads: int
         seen: of a look at them.
         image_pe: (1 or P, L, C) of that look.
         look: as which.
-        num_heads: groups of rows whose shares sum to one.
+        num_heads: a head's rows, one a token, have shares that sum to one.
 
     Returns:
         (P, L, C), with the image tokens.
@@ -87,6 +88,30 @@ def add_rows(images: Tensor, image_index: Tensor, weights: Tensor, rows: Tensor)
         (P, L, C).
     """
     return _AddRows.apply(images, image_index, weights, rows)
+
+
+def is_in_turn(image_index: Tensor, num_images: int) -> bool:
+    """Whether each image has as many prompts, and one image's come after the other's."""
+    each = len(image_index) // max(1, num_images)
+    numbers = torch.arange(num_images, device=image_index.device).repeat_interleave(each)
+    return each > 0 and torch.equal(numbers, image_index)
+
+
+def _softmax_of_tokens(scores: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Of (P, T, heads, L) scores and (P, T, heads) biases, over the tokens; the scores may be written over."""
+    if compiled.takes(scores) and scores.is_contiguous():
+        bias = scores.new_zeros(scores.shape[:3]) if bias is None else bias.contiguous()
+        return compiled.softmax_of_tokens(scores, bias)
+    # Over few tokens, along the image: this vectorises.
+    return (scores if bias is None else scores.add_(bias[..., None])).softmax(dim=1)
+
+
+def _of_scores(of_shares: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of the scores, over that of their softmax, and of the biases."""
+    if compiled.takes(of_shares, shares):
+        return compiled.softmax_of_tokens_back(of_shares, shares)
+    of_scores = _softmax_gradient(of_shares, shares, dim=1)
+    return of_scores, of_scores.sum(dim=-1)
 
 
 def _refuse_gradients_of_gradients() -> None:
@@ -146,9 +171,8 @@ class _ImageToTokens(torch.autograd.Function):
         values: Tensor,
         num_heads: int,
     ) -> Tensor:
-        scores = products(folded, keys.mT).add_(bias[..., None])
-        # Over few tokens, along the image: this vectorises.
-        shares = scores.unflatten(1, (num_heads, -1)).softmax(dim=2).flatten(1, 2)
+        scores = products(folded, keys.mT).unflatten(1, (-1, num_heads))
+        shares = _softmax_of_tokens(scores, bias.reshape(scores.shape[:3])).flatten(1, 2)
         ctx.num_heads = num_heads
         ctx.save_for_backward(image_pe, keys, folded, values, shares)
         return add_products(image, shares.mT, values)
@@ -157,18 +181,36 @@ class _ImageToTokens(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         _refuse_gradients_of_gradients()
         image_pe, keys, folded, values, shares = ctx.saved_tensors
-        of_shares = products(values, gradient.mT).unflatten(1, (ctx.num_heads, -1))
-        by_head = shares.view_as(of_shares)
-        of_scores = _softmax_gradient(of_shares, by_head, dim=2).flatten(1, 2)
+        of_shares = products(values, gradient.mT).unflatten(1, (-1, ctx.num_heads))
+        of_scores, of_bias = _of_scores(of_shares, shares.view_as(of_shares))
+        of_scores = of_scores.flatten(1, 2)
         return (
             add_products(gradient, of_scores.mT, folded),
             None,
             _position_gradient(ctx.needs_input_grad[2], image_pe, of_scores.mT, folded),
             products(of_scores, keys),
-            of_scores.sum(dim=2),
+            of_bias.flatten(1),
             products(shares, gradient),
             None,
         )
+
+
+class SoftmaxOfTokens(torch.autograd.Function):
+    """Of (P, T, heads, L) scores over the tokens; the scores, which nothing else may need, are written over."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        shares = _softmax_of_tokens(scores)
+        if shares is scores:
+            ctx.mark_dirty(scores)
+        ctx.save_for_backward(shares)
+        return shares
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        _refuse_gradients_of_gradients()
+        (shares,) = ctx.saved_tensors
+        return _of_scores(gradient.clone(memory_format=torch.contiguous_format), shares)[0]
 
 
 class _AddRows(torch.autograd.Function):
@@ -178,6 +220,10 @@ class _AddRows(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(image_index, weights, rows)
         ctx.num_images = len(images)
+        if is_in_turn(image_index, len(images)):
+            out = products(weights.mT, rows)
+            out.unflatten(0, (len(images), -1)).add_(images[:, None])
+            return out
         return add_products(images.index_select(0, image_index), weights.mT, rows)
 
     @staticmethod

@@ -15,98 +15,17 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers.mlp import Mlp
 from timm.models import FeatureHookNet
 from timm.models.tiny_vit import Attention as TinyVitAttention
-from timm.models.vision_transformer_sam import (
-    Attention,
-    Block,
-    VisionTransformerSAM,
-    window_partition,
-    window_unpartition,
-)
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
 
 from sam_train.models.necks import FPNNeck, HighResNeck, SimpleNeck
-from sam_train.models.plain import is_plain
-from sam_train.models.products import linear_gelu, use_fast_linears
-from sam_train.models.rel_pos_attention import attend_in_windows
-from sam_train.models.windowed_attention import attends_in_pieces, windowed_attention
+from sam_train.models.products import use_fast_linears
+from sam_train.models.windowed_block import WindowedBlock
 
 _HOOKED = threading.Lock()
 """timm keeps the features that its hooks find in the model, where a pass of another thread would take them."""
-
-
-class _Block(Block):
-    """timm's block, with `windowed_attention`, and no linear layer over the padding of windows.
-
-    Windows of 14 cut 16 x 16 tokens (256 px) into 28 x 28, two thirds of it padding. Its queries, keys and
-    values are one vector, its answers are thrown away: the same result. Stochastic depth drops a block for
-    a whole image, not for a window of it. Other attentions and MLPs, put in their places, are called.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        attend = self._attend if self._attends_by_rel_pos() else self._call_attention
-        # The patch embedding leaves its channels apart, as every sum and norm after it would.
-        x = x.contiguous()
-        x = x + self.drop_path1(self.ls1(attend(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self._mlp(self.norm2(x))))
-
-    def _attends_by_rel_pos(self) -> bool:
-        """Whether `_attend` is what a call of the attention is; its qkv and proj are called in both."""
-        attention = self.attn
-        if not is_plain(attention, of=Attention) or not attention.use_rel_pos:
-            return False
-        dropouts = (attention.attn_drop, attention.proj_drop)
-        return (
-            attention.rope is None
-            and is_plain(attention.q_norm, attention.k_norm, of=nn.Identity)
-            and is_plain(*dropouts, of=nn.Dropout)
-            and not any(dropout.training and dropout.p for dropout in dropouts)
-        )
-
-    def _call_attention(self, x: Tensor) -> Tensor:
-        if not self.window_size:
-            return self.attn(x)
-        size = (x.shape[1], x.shape[2])
-        windows, padded = window_partition(x, self.window_size)
-        return window_unpartition(self.attn(windows), self.window_size, size, padded)
-
-    def _attend(self, x: Tensor) -> Tensor:
-        size, side = (x.shape[1], x.shape[2]), self.window_size
-        attention = self.attn
-        window = (side, side) if side else size
-        has_padding = bool(size[0] % window[0] or size[1] % window[1])
-        qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, -1))
-        padding = None
-        if has_padding:
-            padding = attention.qkv(x.new_zeros(1, 1, 1, x.shape[-1])).view(qkv.shape[3:])
-        rel_pos = (attention.rel_pos_h, attention.rel_pos_w)
-        attend = (
-            windowed_attention
-            if attends_in_pieces(qkv, window[0] * window[1])
-            else attend_in_windows
-        )
-        return attention.proj(attend(qkv, rel_pos, window, padding))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        if self.training or not self._has_plain_mlp():
-            return self.mlp(x)
-        mlp: Any = self.mlp
-        first = mlp.fc1
-        return mlp.fc2(linear_gelu(x, first.weight, first.bias))
-
-    def _has_plain_mlp(self) -> bool:
-        mlp: Any = self.mlp
-        return (
-            is_plain(mlp, of=Mlp)
-            and is_plain(mlp.fc1)
-            and is_plain(mlp.act, of=nn.GELU)
-            and mlp.act.approximate == "none"
-            and is_plain(mlp.norm, of=nn.Identity)
-            and is_plain(mlp.drop1, mlp.drop2, of=nn.Dropout)
-            and not any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
-        )
 
 
 class SamVitEncoder(nn.Module):
@@ -170,7 +89,7 @@ class SamVitEncoder(nn.Module):
             use_abs_pos=True,
             use_rel_pos=True,
             window_size=window_size,
-            block_fn=_Block,
+            block_fn=WindowedBlock,
             global_attn_indexes=tuple(global_attn_indexes),
             neck_chans=out_chans,
         )

@@ -218,8 +218,9 @@ class MaskDecoder(nn.Module):
         """Logits and predicted IoUs of what the transformer leaves, (P, T, C) and (P, h, w, C)."""
         upscaling, filters = self.output_upscaling, self._filters(tokens, wanted)
         if self._upscales_by_weights():
-            upscaled = upscaling.first(image_tokens)
-            masks = upscaling.masks(upscaled if high_res is None else upscaled + high_res, filters)
+            upscaled, bias = upscaling.first(image_tokens)
+            upscaled = upscaled if high_res is None else upscaled + high_res
+            masks = upscaling.masks(upscaled, filters, bias)
         else:
             upscaled = upscale_by_call(upscaling, image_tokens.permute(0, 3, 1, 2), high_res)
             masks = (filters @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])

@@ -177,12 +177,12 @@ class _Linear(torch.autograd.Function):
         rows = gradient.reshape(-1, gradient.shape[-1])
         return (
             linear(gradient, weight.mT) if of_x else None,
-            _weight_gradient(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
+            weight_gradient(rows, x.reshape(-1, x.shape[-1])) if of_weight else None,
             rows.sum(dim=0) if of_bias else None,
         )
 
 
-def _weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
+def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """(O, I) from (M, O) and (M, I)."""
     num_products = gradient.numel() * x.shape[1]
     if (

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam_train.models.first_looks import FirstImages
-from sam_train.models.folded_looks import LookBack, image_to_tokens, tokens_to_image
+from sam_train.models.folded_looks import (
+    LookBack,
+    SoftmaxOfTokens,
+    image_to_tokens,
+    tokens_to_image,
+)
+from sam_train.models.per_head import per_head
 from sam_train.models.plain import is_plain
 from sam_train.models.products import Linear, bmm, is_plain_cpu, linear
 
@@ -80,38 +86,35 @@ class Attention(nn.Module):
         return self.taken(bmm(weights, v))
 
     def folded_queries(self, q: Tensor) -> Tensor:
-        """(B, T, C) to (B, heads * T, C): scaled, the keys' projection folded into them."""
-        wk = self.weight_by_heads(self.k_proj)
+        """(B, T, C) to (B, T * heads, C): scaled, the keys' projection folded into them."""
         # The keys' bias adds the same to every score of a query, which the softmax takes out again.
         queries = self.scale * self.split(self.q_proj(q))
-        return torch.einsum("bthd,hdc->bhtc", queries, wk).flatten(1, 2)
+        return per_head(queries, self.weight_by_heads(self.k_proj)[None]).flatten(1, 2)
 
     def taken(self, pooled: Tensor) -> Tensor:
-        """What the queries take of the (B, heads * T, C) means that they made: (B, T, C)."""
-        wv = self.weight_by_heads(self.v_proj)
-        by_head = pooled.unflatten(1, (self.num_heads, -1))
-        out = torch.einsum("bhtc,hdc->bthd", by_head, wv).flatten(2) + self.v_proj.bias
-        return self.out_proj(out)
+        """What the queries take of the (B, T * heads, C) means that they made: (B, T, C)."""
+        by_head = pooled.unflatten(1, (-1, self.num_heads))
+        out = per_head(by_head, self.weight_by_heads(self.v_proj).mT[None])
+        return self.out_proj(out.flatten(2) + self.v_proj.bias)
 
     def _image_to_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         folded, bias = self.folded_keys(k)
-        # Scores lie as (B, heads, T, L): a softmax over few tokens vectorises along the image.
+        # Scores lie as (B, T, heads, L): a softmax over few tokens vectorises along the image.
         scores = bmm(folded, q.transpose(1, 2)) + bias[..., None]
-        weights = scores.unflatten(1, (self.num_heads, -1)).softmax(dim=2).flatten(1, 2)
+        weights = scores.unflatten(1, (-1, self.num_heads)).softmax(dim=1).flatten(1, 2)
         return bmm(weights.transpose(1, 2), self.folded_values(v)) + self.out_proj.bias
 
     def folded_keys(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) to (B, heads * T, C): scaled, the queries' projection folded in; its bias, (B, heads * T)."""
-        wq = self.weight_by_heads(self.q_proj)
+        """(B, T, C) to (B, T * heads, C): scaled, the queries' projection folded in; its bias, (B, T * heads)."""
         keys = self.scale * self.split(self.k_proj(k))
-        folded = torch.einsum("bthd,hdc->bhtc", keys, wq).flatten(1, 2)
-        bias = torch.einsum("bthd,hd->bht", keys, self.split(self.q_proj.bias))
-        return folded, bias.flatten(1)
+        folded = per_head(keys, self.weight_by_heads(self.q_proj)[None])
+        bias = (keys * self.split(self.q_proj.bias)).sum(dim=-1)
+        return folded.flatten(1, 2), bias.flatten(1)
 
     def folded_values(self, v: Tensor) -> Tensor:
-        """(B, T, C) to (B, heads * T, C): projected, the last layer's projection folded in, not its bias."""
-        wo = self.split(self.out_proj.weight)
-        return torch.einsum("bthd,chd->bhtc", self.split(self.v_proj(v)), wo).flatten(1, 2)
+        """(B, T, C) to (B, T * heads, C): projected, the last layer's projection folded in, not its bias."""
+        wo = self.split(self.out_proj.weight).permute(1, 2, 0)
+        return per_head(self.split(self.v_proj(v)), wo[None]).flatten(1, 2)
 
     @torch.no_grad()
     def match_queries_to_keys(self, gain: float) -> None:
@@ -229,16 +232,17 @@ class TwoWayAttentionBlock(nn.Module):
         queries = self.attend_to_each_other(queries, query_pe)
         looks, looked = self.cross_attn_token_to_image, self.cross_attn_image_to_token
         seen = start.images + key_pe
-        asked = looks.by_heads(looks.scale * looks.q_proj(queries + query_pe))
+        asked = looks.split(looks.scale * looks.q_proj(queries + query_pe))
         # Without the bias, which the softmax takes out again.
         keys = looks.by_heads(linear(seen, looks.k_proj.weight)).mT
         shares = start.scores(asked, keys, looks.weight_by_heads(looks.k_proj)).softmax(dim=-1)
         taken = looks.by_heads(looks.v_proj(start.images))
         taken = start.means(shares, taken, looks.weight_by_heads(looks.v_proj))
-        queries = self.update(queries, looks.out_proj(taken.transpose(1, 2).flatten(2)))
+        queries = self.update(queries, looks.out_proj(taken.flatten(2)))
         asked = looked.by_heads(looked.q_proj(seen)).mT
-        keys = looked.by_heads(looked.scale * looked.k_proj(queries + query_pe))
-        shares = start.scores(keys, asked, looked.weight_by_heads(looked.q_proj)).softmax(dim=2)
+        keys = looked.split(looked.scale * looked.k_proj(queries + query_pe))
+        scores = start.scores(keys, asked, looked.weight_by_heads(looked.q_proj))
+        shares = SoftmaxOfTokens.apply(scores)
         attended = start.plus(
             shares.flatten(1, 2), looked.folded_values(queries), looked.out_proj.bias
         )

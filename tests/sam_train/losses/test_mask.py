@@ -54,7 +54,10 @@ def test_dice_by_hand() -> None:
     target = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
 
     # Overlap 1.5; both together 2 + 2; one pixel more on either side.
-    assert dice_loss(probability, target).item() == pytest.approx(1 - (2 * 1.5 + 1) / (4 + 1))
+    areas = probability.sum() + target.sum()
+    assert dice_loss((probability * target).sum(), areas).item() == pytest.approx(
+        1 - (2 * 1.5 + 1) / (4 + 1)
+    )
 
 
 @pytest.mark.parametrize("empty", [True, False])

@@ -33,8 +33,8 @@ def both_looks(folded, image, image_pe, back, bias, values):
 def composed(folded, image, image_pe, back, bias, values):
     keys = image + image_pe
     pooled = (folded @ keys.mT).softmax(dim=-1) @ image
-    scores = (back @ keys.mT + bias[..., None]).unflatten(1, (HEADS, T))
-    return pooled, image + scores.softmax(dim=2).flatten(1, 2).mT @ values
+    scores = (back @ keys.mT + bias[..., None]).unflatten(1, (T, HEADS))
+    return pooled, image + scores.softmax(dim=1).flatten(1, 2).mT @ values
 
 
 def test_a_look_and_a_look_back_are_the_attentions_they_stand_for(image_pe):
@@ -90,11 +90,17 @@ def test_what_prompts_share_is_projected_once_and_gives_the_same(has_cells, numb
     own = images[index] if cells is None else images[index] + cells.mT @ rows
     projected = torch.einsum("plc,hdc->phld", own, weight)
     of_images = torch.einsum("nlc,hdc->nhld", images, weight)
-    tokens, shares = draw(P, HEADS, T, C // HEADS), draw(P, HEADS, T, L)
+    tokens, shares = draw(P, T, HEADS, C // HEADS), draw(P, T, HEADS, L)
     values, bias = draw(P, R, C), draw(C)
 
-    torch.testing.assert_close(start.scores(tokens, of_images.mT, weight), tokens @ projected.mT)
-    torch.testing.assert_close(start.means(shares, of_images, weight), shares @ projected)
+    torch.testing.assert_close(
+        start.scores(tokens, of_images.mT, weight),
+        torch.einsum("pthd,phld->pthl", tokens, projected),
+    )
+    torch.testing.assert_close(
+        start.means(shares, of_images, weight),
+        torch.einsum("pthl,phld->pthd", shares, projected),
+    )
     torch.testing.assert_close(
         start.plus(shares.flatten(1, 2), values, bias),
         own + bias + shares.flatten(1, 2).mT @ values,

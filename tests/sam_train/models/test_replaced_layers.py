@@ -86,6 +86,10 @@ PLACES = [
     "image_encoder.backbone.blocks.0.mlp",
     "image_encoder.backbone.blocks.0.mlp.fc1",
     "image_encoder.backbone.blocks.0.mlp.act",
+    "image_encoder.backbone.blocks.0.mlp.fc2",
+    "image_encoder.backbone.blocks.0.norm1",
+    "image_encoder.backbone.blocks.1.ls1",
+    "image_encoder.backbone.blocks.1.drop_path2",
     *(
         f"mask_decoder.transformer.layers.1.{attention}.{layer}_proj"
         for attention in ("cross_attn_token_to_image", "cross_attn_image_to_token")

@@ -8,6 +8,7 @@ from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor
 
 from sam_train.models import rel_pos_attention as kernels
+from sam_train.models import window_grids
 from sam_train.models import windowed_attention as pieces
 
 SIZE, HEADS, WIDTH = (9, 7), 2, 16
@@ -72,9 +73,9 @@ def test_answers_and_gradients_are_those_of_stored_scores(
     window, num_heads_at_a_time, grows, monkeypatch
 ):
     num_scores = window[0] * window[1] * min(SIZE[0], window[0]) * min(SIZE[1], window[1])
-    monkeypatch.setattr(pieces, "CACHE_FLOATS", int(num_heads_at_a_time * num_scores))
-    monkeypatch.setattr(pieces, "MAX_GROWN", 100.0 if grows else 0.0)
-    monkeypatch.setattr(pieces, "KERNEL_QUERIES", 10)
+    monkeypatch.setattr(window_grids, "CACHE_FLOATS", int(num_heads_at_a_time * num_scores))
+    monkeypatch.setattr(window_grids, "MAX_GROWN", 100.0 if grows else 0.0)
+    monkeypatch.setattr(window_grids, "KERNEL_QUERIES", 10)
     check_against_stored_scores(pieces.windowed_attention, window)
 
 
@@ -98,7 +99,7 @@ def test_positions_of_another_length_are_interpolated(attend, relative_error):
 def test_bfloat16_is_as_near_as_stored_scores_in_it(autocast, relative_error, monkeypatch):
     window = SIZE
     monkeypatch.setattr(pieces, "MIN_TOKENS_IN_HALVES", 1)
-    monkeypatch.setattr(pieces, "CACHE_FLOATS", 10 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(window_grids, "CACHE_FLOATS", 10 * SIZE[0] * SIZE[1])
     inputs = inputs_of(window, torch.float32)
     expected = stored(*inputs, window)
     of_expected = gradients_of(expected, inputs)

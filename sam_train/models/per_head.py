@@ -22,8 +22,11 @@ def per_head(rows: Tensor, matrices: Tensor) -> Tensor:
     """
     if is_plain_cpu(rows):
         return _PerHead.apply(rows, matrices)
+    if len(matrices) == 1:
+        return torch.einsum("ptha,hab->pthb", rows, matrices[0])
     runs = rows.unflatten(0, (len(matrices), -1)).flatten(1, 2)
-    return torch.einsum("nqha,nhab->nqhb", runs, matrices).reshape(*rows.shape[:3], -1)
+    out = torch.einsum("nqha,nhab->nqhb", runs, matrices)
+    return out.flatten(0, 1).unflatten(0, rows.shape[:2])
 
 
 def _by_run(rows: Tensor, num_runs: int) -> Tensor:

@@ -94,7 +94,7 @@ class Attention(nn.Module):
     def taken(self, pooled: Tensor) -> Tensor:
         """What the queries take of the (B, T * heads, C) means that they made: (B, T, C)."""
         by_head = pooled.unflatten(1, (-1, self.num_heads))
-        out = per_head(by_head, self.weight_by_heads(self.v_proj).mT[None])
+        out = per_head(by_head, self.weight_by_heads(self.v_proj).transpose(1, 2)[None])
         return self.out_proj(out.flatten(2) + self.v_proj.bias)
 
     def _image_to_tokens(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

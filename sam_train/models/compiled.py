@@ -74,7 +74,7 @@ def _check(*lengths: int) -> None:
 
 @cache
 def _openmp() -> Any:
-    """The OpenMP library that torch's threads are of; None where it is another than GNU's, or none."""
+    """GNU's OpenMP library, that which came with torch before any other; None where there is none, or several."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -16,7 +16,7 @@ from sam_train.models.products import products
 from sam_train.models.windows import Region
 
 CACHE_FLOATS = 1 << 21
-"""Scores that are worked on at a time."""
+"""Scores that are worked on at a time, by each thread where loops are compiled."""
 MAX_GROWN = 0.6
 """Queries and keys grow by rows and columns up to so many of these for a channel: 14 + 14 for 64."""
 KERNEL_QUERIES = 1024

@@ -3,7 +3,8 @@
 scores[q, k] = scale * q . k + along_rows[q, row of k] + along_columns[q, column of k]
 
 Scores and biases of 64 x 64 tokens are 67 MB a head each. Here those of a few queries, or of a few windows,
-are made and used at a time, in memory that the next ones take over, and made again in the backward pass. In
+are made and used at a time, in memory that the next ones take over, and made again in the backward pass. A
+compiled loop adds the two sums as it softens the scores (`compiled.soften`). Where there is none, in
 small windows the two sums join the dot product: queries grow by what they give to each row and column, keys
 by which row and column they are in. In large ones torch's kernel gets the sums as a mask. Padding is a key
 alone: it asks nothing.

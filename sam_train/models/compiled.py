@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sam_train.models.products import is_plain_cpu
+from sam_train.models.products import is_on_cpu_now, is_plain_cpu
 
 MIN_OF_SLICE = 1 << 15
 """Numbers from which on another thread pays."""
@@ -36,10 +36,22 @@ def takes(*tensors: Tensor) -> bool:
     return (
         all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
         and is_plain_cpu(tensors[0])
-        # Such as `make_fx`, which would take what the loops write for constants.
-        and not torch._C._len_torch_dispatch_stack()
-        and _loops() is not None
+        and _are_at_hand()
     )
+
+
+def takes_bf16(*tensors: Tensor) -> bool:
+    """Whether `soften` and its gradient, which take bfloat16 too, are for such tensors of it, here and now."""
+    return (
+        all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in tensors)
+        and is_on_cpu_now(tensors[0])
+        and _are_at_hand()
+    )
+
+
+def _are_at_hand() -> bool:
+    # What looks on, such as `make_fx`, would take what the loops write for constants.
+    return not torch._C._len_torch_dispatch_stack() and _loops() is not None
 
 
 @cache
@@ -129,7 +141,10 @@ def _in_slices(work: Callable[[int, int], None], length: int, numbers_each: int)
 def _arrays(*tensors: Tensor) -> list[Any]:
     if not all(x.is_contiguous() for x in tensors):
         raise ValueError("the loops are for contiguous tensors")
-    return [x.detach().numpy() for x in tensors]
+    # NumPy has no bfloat16: its bits.
+    return [
+        (x.view(torch.int16) if x.dtype == torch.bfloat16 else x).detach().numpy() for x in tensors
+    ]
 
 
 def soften(
@@ -138,16 +153,17 @@ def soften(
     """Weights of the keys, in the place of their scores, but for what each query's are to be multiplied by.
 
     Args:
-        scores: (heads, queries, h * w), of queries with the keys of a window (h, w).
-        along: (heads, queries, 2h - 1 + 2w - 1), biases by key's row minus query's, then by columns.
+        scores: (heads, queries, h * w), of queries with the keys of a window (h, w); float32 or bfloat16.
+        along: (heads, queries, 2h - 1 + 2w - 1), biases by key's row minus query's, then by columns; of the
+            same precision.
         width: queries lie in rows of so many,
         first_row: the first of them in this row of the window.
 
     Returns:
-        (heads, queries, 1), one by the sum of a query's weights.
+        (heads, queries, 1) in float32, one by the sum of a query's weights.
     """
     num_queries = scores.shape[1]
-    inverse_sums = scores.new_empty(*scores.shape[:2], 1)
+    inverse_sums = scores.new_empty(*scores.shape[:2], 1, dtype=torch.float32)
     grids, biases, inverse = _arrays(
         scores.view(-1, *window), along.view(-1, along.shape[-1]), inverse_sums.view(-1)
     )
@@ -180,15 +196,15 @@ def soften_back(
     """The gradients of `soften`'s scores, in the place of those of the weights that sum to one.
 
     Args:
-        errors: (heads, queries, h * w).
+        errors: (heads, queries, h * w), of the precision of the shares.
         shares, inverse_sums: what `soften` gave.
-        means: (heads, queries, 1), of the errors by the weights.
+        means: (heads, queries, 1) in float32, of the errors by the weights.
 
     Returns:
-        (heads, queries, 2h - 1 + 2w - 1), the gradient of `along`.
+        (heads, queries, 2h - 1 + 2w - 1) in float32, the gradient of `along`.
     """
     num_queries = errors.shape[1]
-    of_along = errors.new_zeros(*errors.shape[:2], 2 * sum(window) - 2)
+    of_along = errors.new_zeros(*errors.shape[:2], 2 * sum(window) - 2, dtype=torch.float32)
     arrays = _arrays(
         errors.view(-1, *window),
         shares.view(-1, *window),

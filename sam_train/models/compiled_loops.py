@@ -1,4 +1,4 @@
-"""Loops over float32 that Numba compiles; `models/compiled.py` calls them, in slices and by tensors.
+"""Loops over float32, some over bfloat16, that Numba compiles; `models/compiled.py` calls them, in slices and by tensors.
 
 All in one file, as Numba keeps compiled code by the file of a function, and not by those of what it calls.
 
@@ -16,7 +16,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core.caching import NullCache
 from numba.core.dispatcher import Dispatcher
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 F = np.float32
 
@@ -58,8 +58,34 @@ def _from_bits(typing_context: Any, x: Any) -> Any:
     return numba.types.float32(numba.types.int32), generate
 
 
+def _widened(typing_context: Any, x: Any) -> Any:
+    """The float32 that a bfloat16's bits are the upper half of."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = ir.IntType(32)
+        upper = builder.shl(builder.zext(args[0], whole), ir.Constant(whole, 16))
+        return builder.bitcast(upper, ir.FloatType())
+
+    return numba.types.float32(numba.types.int16), generate
+
+
+def _narrowed(typing_context: Any, x: Any) -> Any:
+    """The bits of the nearest bfloat16, of two the even one."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = ir.IntType(32)
+        exact = builder.bitcast(args[0], whole)
+        is_odd = builder.and_(builder.lshr(exact, ir.Constant(whole, 16)), ir.Constant(whole, 1))
+        rounded = builder.add(builder.add(exact, ir.Constant(whole, 0x7FFF)), is_odd)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(whole, 16)), ir.IntType(16))
+
+    return numba.types.int16(numba.types.float32), generate
+
+
 bits: Any = intrinsic(_bits)
 from_bits: Any = intrinsic(_from_bits)
+widened: Any = intrinsic(_widened)
+narrowed: Any = intrinsic(_narrowed)
 
 LOG2_E = F(math.log2(math.e))
 ONE, ZERO, LOWEST = F(1), F(0), F(-3.4e38)
@@ -71,6 +97,49 @@ EXPONENT_BITS = np.int32(23)
 # Chebyshev interpolation of 2^x over -0.5 <= x <= 0.5.
 E1, E2, E3 = F(6.93147207e-01), F(2.40226509e-01), F(5.55032723e-02)
 E4, E5, E6 = F(9.61805668e-03), F(1.34004282e-03), F(1.54614447e-04)
+
+
+AT_ONCE = 4096
+"""Numbers that are widened at a time: read at once, and not as they were stored, they would be waited for."""
+
+
+def opened(rows: Any, places: Any) -> Any:
+    """Rows of float32 themselves; of bfloat16's bits, their float32 in places of as many numbers."""
+    raise NotImplementedError("for compiled loops alone")
+
+
+def closed(rows: Any, places: Any) -> None:
+    """What was done in the places of the rows' float32, rounded, where they have any."""
+    raise NotImplementedError("for compiled loops alone")
+
+
+@overload(opened, inline="always")
+def _opened(rows: Any, places: Any) -> Any:
+    def of_float32(rows: Any, places: Any) -> Any:
+        return rows
+
+    def of_bfloat16(rows: Any, places: Any) -> Any:
+        exact = places[: len(rows)]
+        rounded, flat = rows.reshape(rows.size), exact.reshape(rows.size)
+        # A loop of its own, which becomes vectors.
+        for k in range(rows.size):
+            flat[k] = widened(rounded[k])
+        return exact
+
+    return of_bfloat16 if rows.dtype == numba.types.int16 else of_float32
+
+
+@overload(closed, inline="always")
+def _closed(rows: Any, places: Any) -> Any:
+    def of_float32(rows: Any, places: Any) -> None:
+        pass
+
+    def of_bfloat16(rows: Any, places: Any) -> None:
+        rounded, flat = rows.reshape(rows.size), places[: len(rows)].reshape(rows.size)
+        for k in range(rows.size):
+            rounded[k] = narrowed(flat[k])
+
+    return of_bfloat16 if rows.dtype == numba.types.int16 else of_float32
 
 
 @compiled(EXACT)
@@ -130,8 +199,8 @@ def soften(
     """exp(scores + biases), in their place, over their largest of a query.
 
     Args:
-        scores: (R, h, w), of R queries with the keys of a window.
-        along: (R, 2h - 1 + 2w - 1), biases by key's row minus query's, and column minus column.
+        scores: (R, h, w), of R queries with the keys of a window; float32, or bfloat16's bits.
+        along: (R, 2h - 1 + 2w - 1) of the same, biases by key's row minus query's, and column minus column.
         inverse_sums: (R,), gets what makes a query's sum to one.
         first: of these R among those of all heads, of which each has
         num_queries: in rows of
@@ -140,30 +209,36 @@ def soften(
     """
     num, h, w = scores.shape
     columns, largest = np.empty(w, F), np.empty(w, F)
-    for r in range(num):
-        place = (first + r) % num_queries
-        of_row = h - 1 - first_row - place // width
-        of_column = 2 * h - 1 + w - 1 - place % width
-        grid, offsets = scores[r], along[r]
-        for k in range(w):
-            columns[k] = offsets[of_column + k] * LOG2_E
-            largest[k] = LOWEST
-        for j in range(h):
-            row, line = offsets[of_row + j] * LOG2_E, grid[j]
+    at_once = max(1, AT_ONCE // (h * w))
+    places, offset_places = np.empty((at_once, h, w), F), np.empty((at_once, along.shape[1]), F)
+    for start in range(0, num, at_once):
+        grids = opened(scores[start : start + at_once], places)
+        biases = opened(along[start : start + at_once], offset_places)
+        for i in range(len(grids)):
+            place = (first + start + i) % num_queries
+            of_row = h - 1 - first_row - place // width
+            of_column = 2 * h - 1 + w - 1 - place % width
+            grid, offsets = grids[i], biases[i]
             for k in range(w):
-                score = line[k] * LOG2_E + (columns[k] + row)
-                line[k] = score
-                largest[k] = score if score > largest[k] else largest[k]
-        top = largest[0]
-        for k in range(w):
-            top = largest[k] if largest[k] > top else top
-        flat = grid.reshape(h * w)
-        total = ZERO
-        for k in range(h * w):
-            share = exp2(flat[k] - top)
-            flat[k] = share
-            total += share
-        inverse_sums[r] = ONE / total
+                columns[k] = offsets[of_column + k] * LOG2_E
+                largest[k] = LOWEST
+            for j in range(h):
+                row, line = offsets[of_row + j] * LOG2_E, grid[j]
+                for k in range(w):
+                    score = line[k] * LOG2_E + (columns[k] + row)
+                    line[k] = score
+                    largest[k] = score if score > largest[k] else largest[k]
+            top = largest[0]
+            for k in range(w):
+                top = largest[k] if largest[k] > top else top
+            flat = grid.reshape(h * w)
+            total = ZERO
+            for k in range(h * w):
+                share = exp2(flat[k] - top)
+                flat[k] = share
+                total += share
+            inverse_sums[start + i] = ONE / total
+        closed(scores[start : start + at_once], places)
 
 
 @compiled(SUMMING)
@@ -181,32 +256,39 @@ def soften_back(
     """Gradients of shares to those of scores, in their place, and those of the biases.
 
     Args:
-        errors: (R, h, w), of the shares that sum to one.
-        shares: (R, h, w) and
+        errors: (R, h, w), of the shares that sum to one; float32, or bfloat16's bits.
+        shares: (R, h, w) of the same, and
         inverse_sums: (R,), as `soften` left them.
         means: (R,) of the errors by the shares.
         of_along: (R, 2h - 1 + 2w - 1), zeros, get the gradients.
     """
     num, h, w = errors.shape
     columns = np.empty(w, F)
-    for r in range(num):
-        place = (first + r) % num_queries
-        of_row = h - 1 - first_row - place // width
-        of_column = 2 * h - 1 + w - 1 - place % width
-        mean, inverse = means[r], inverse_sums[r]
-        for k in range(w):
-            columns[k] = ZERO
-        for j in range(h):
-            line, weights = errors[r, j], shares[r, j]
-            total = ZERO
+    at_once = max(1, AT_ONCE // (h * w))
+    places, share_places = np.empty((at_once, h, w), F), np.empty((at_once, h, w), F)
+    for start in range(0, num, at_once):
+        grids = opened(errors[start : start + at_once], places)
+        grids_shares = opened(shares[start : start + at_once], share_places)
+        for i in range(len(grids)):
+            r = start + i
+            place = (first + r) % num_queries
+            of_row = h - 1 - first_row - place // width
+            of_column = 2 * h - 1 + w - 1 - place % width
+            mean, inverse = means[r], inverse_sums[r]
             for k in range(w):
-                error = (line[k] - mean) * (weights[k] * inverse)
-                line[k] = error
-                columns[k] += error
-                total += error
-            of_along[r, of_row + j] = total
-        for k in range(w):
-            of_along[r, of_column + k] = columns[k]
+                columns[k] = ZERO
+            for j in range(h):
+                line, weights = grids[i, j], grids_shares[i, j]
+                total = ZERO
+                for k in range(w):
+                    error = (line[k] - mean) * (weights[k] * inverse)
+                    line[k] = error
+                    columns[k] += error
+                    total += error
+                of_along[r, of_row + j] = total
+            for k in range(w):
+                of_along[r, of_column + k] = columns[k]
+        closed(errors[start : start + at_once], places)
 
 
 @compiled(SUMMING)

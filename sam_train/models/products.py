@@ -62,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.gelu(linear(...))`; where no gradient is wanted, the sums pass the GELU while in the cache."""
     is_small = x.numel() * weight.shape[0] < MIN_PRODUCTS
-    if is_small or torch.is_grad_enabled() or not is_plain_cpu(x):
+    if is_small or torch.is_grad_enabled() or not is_on_cpu_now(x):
         return F.gelu(linear(x, weight, bias))
     if not _takes(x, weight):
         # In its place: fresh memory of this size is paid for in page faults.

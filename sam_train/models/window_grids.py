@@ -53,7 +53,7 @@ class Grids:
         self.region, self.window = region, window
         self.scale, self.table = qkv.shape[-1] ** -0.5, table
         h, w = window
-        self.is_compiled = compiled.takes(qkv, table)
+        self.is_compiled = compiled.takes(qkv, table) or compiled.takes_bf16(qkv, table)
         is_small = h + w <= MAX_GROWN * qkv.shape[-1]
         self.is_grown = is_small and not self.is_compiled and table.dtype != torch.bfloat16
         queries, keys, values = (region.of(x) for x in qkv.unbind(3))
@@ -71,9 +71,11 @@ class Grids:
             places = self.keys.unflatten(1, window)[..., qkv.shape[-1] :]
             places[..., :h] = torch.eye(h, dtype=table.dtype)[:, None]
             places[..., h:] = torch.eye(w, dtype=table.dtype)
+        # Loops round once, what they have summed; torch's kernels would after every sum.
+        exact = table.dtype if self.is_compiled else torch.promote_types(table.dtype, torch.float32)
+        self._dtype_of_scores = exact
         self.size_of_piece = self._size_of_piece()
         most = self.size_of_piece[0] * self.size_of_piece[1] * region.asked[1]
-        exact = torch.promote_types(table.dtype, torch.float32)
         # Every piece's in turn: fresh memory would be paid for in page faults.
         self._scores = table.new_empty(most * h * w, dtype=exact)
         self._shares = torch.empty_like(self._scores[:0] if self.is_compiled else self._scores)
@@ -101,13 +103,14 @@ class Grids:
         """Heads and rows of a piece."""
         h, w = self.region.asked
         num_keys = self.keys.shape[1]
-        num_heads = CACHE_FLOATS // (h * w * num_keys)
+        num_scores = CACHE_FLOATS * (2 if self._dtype_of_scores == torch.bfloat16 else 1)
+        num_heads = num_scores // (h * w * num_keys)
         if num_heads:
             return min(num_heads, max(1, len(self.keys))), h
         # A head for each thread: MKL divides a batch better than a product.
         most = torch.get_num_threads() if self.is_compiled else 1
         num_heads = max(1, min(most, len(self.keys)))
-        return num_heads, min(h, max(1, CACHE_FLOATS // (w * num_keys)))
+        return num_heads, min(h, max(1, num_scores // (w * num_keys)))
 
     def pieces(self) -> Iterator[Piece]:
         heads, rows = self.size_of_piece
@@ -191,7 +194,8 @@ class Grids:
         """Each query's weights of the values, and what they are yet to be multiplied by.
 
         Returns:
-            (heads, queries, h * w), float32 for bfloat16, and (heads, queries, 1), or None.
+            (heads, queries, h * w), and (heads, queries, 1) or None. Without compiled loops, float32 for
+            bfloat16.
         """
         queries, keys = self.of_piece(self.queries, piece), self.keys[piece.heads]
         num_heads, num_queries, d = queries.shape

@@ -18,19 +18,20 @@ import torch
 from timm.models.vision_transformer_sam import get_rel_pos
 from torch import Tensor
 
+from sam_train.models import compiled
 from sam_train.models.products import is_on_cpu_now, is_plain_cpu, products
 from sam_train.models.rel_pos_attention import attend_in_windows
 from sam_train.models.window_grids import Grids, put
 from sam_train.models.windows import regions
 
 MIN_TOKENS_IN_HALVES = 512
-"""From so many tokens on, bfloat16 is taken too, which has kernels of its own for fewer."""
+"""From so many tokens on, bfloat16 is taken without compiled loops too; torch has kernels for fewer."""
 
 
 def attends_in_pieces(x: Tensor, num_tokens: int) -> bool:
     """Whether `windowed_attention` is for such tensors, here and now, in windows of so many tokens."""
     is_half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-    if is_half and num_tokens > MIN_TOKENS_IN_HALVES:
+    if is_half and (num_tokens > MIN_TOKENS_IN_HALVES or compiled.takes_bf16(x)):
         return is_on_cpu_now(x) and x.dtype in (torch.bfloat16, torch.float32)
     return is_plain_cpu(x)
 
@@ -190,9 +191,9 @@ def _gradients(
     for piece in grids.pieces():
         (shares, factors), pull = grids.shares(piece), grids.of_piece(gradient, piece)
         heads, queries = piece.heads, grids.of_piece(grids.queries, piece)
-        weighed = pull if factors is None else pull * factors
+        weighed = pull if factors is None else (pull * factors).to(pull.dtype)
         put(of_values[heads], shares.to(pull.dtype).mT, weighed, adds=adds)
-        errors = products(pull, grids.values[heads].mT).to(exact)
+        errors = products(pull, grids.values[heads].mT).to(shares.dtype)
         errors, of_along = grids.of_scores(
             errors, shares, factors, grids.of_piece(means, piece), piece
         )

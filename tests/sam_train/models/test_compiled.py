@@ -71,6 +71,10 @@ def test_they_are_for_plain_float32_on_the_cpu():
     assert not compiled.takes(x.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
         assert not compiled.takes(x)
+        assert compiled.takes_bf16(x.bfloat16())
+    assert not compiled.takes_bf16(x) and not compiled.takes_bf16(x.half())
+    assert not compiled.takes_bf16(x.bfloat16(), x)
+    assert not compiled.takes_bf16(x.bfloat16().to("meta"))
 
 
 @pytest.mark.parametrize(("value", "is_on"), [("1", False), ("0", True), ("", True)])
@@ -162,6 +166,27 @@ def test_scores_with_biases_are_softened(window, rows, first_row):
     errors = pulls.clone()
     of_along = compiled.soften_back(errors, shares, factors, means, window, width, first_row)
     close([errors, of_along], torch.autograd.grad(expected, (wanted, exact), pulls.double()))
+
+
+@pytest.mark.parametrize("window", [(4, 6), (14, 14), (70, 60)])
+def test_bfloat16_is_float32_but_for_its_rounding(window, two_threads):
+    """Bit for bit, whether rows of a window are widened many at a time or, longer, each by itself."""
+    (h, w), num_heads, num_queries = window, 5, 2 * window[1]
+    scores = (8 * torch.randn(num_heads, num_queries, h * w)).bfloat16()
+    along = torch.randn(num_heads, num_queries, 2 * (h + w) - 2).bfloat16()
+    pulls = torch.randn_like(scores)
+    means = torch.randn(num_heads, num_queries, 1)
+
+    shares, exact_shares = scores.clone(), scores.float()
+    factors = compiled.soften(shares, along, window, w, 1)
+    expected = compiled.soften(exact_shares, along.float(), window, w, 1)
+    errors, exact_errors = pulls.clone(), pulls.float()
+    of_along = compiled.soften_back(errors, shares, factors, means, window, w, 1)
+    of_expected = compiled.soften_back(exact_errors, shares.float(), expected, means, window, w, 1)
+
+    assert torch.equal(factors, expected) and factors.dtype == torch.float32
+    assert torch.equal(shares, exact_shares.bfloat16())
+    assert torch.equal(errors, exact_errors.bfloat16()) and torch.equal(of_along, of_expected)
 
 
 def upscaled_by(dtype, num_masks, has_bias):
@@ -360,9 +385,10 @@ def test_what_is_no_number_stays_none(value):
     if value != value:
         assert compiled.pixel_sums(logits, torch.zeros(1, 64), 0.25).isnan().all()
         assert compiled.bias_gelu(logits[0].clone(), torch.zeros(64)).isnan().any()
-    shares = logits.clone()
-    factors = compiled.soften(shares, torch.zeros(1, 1, 30), (8, 8), 8, 0)
-    assert (shares * factors).isnan().any()
+    for dtype in (torch.float32, torch.bfloat16):
+        shares, along = logits.to(dtype, copy=True), torch.zeros(1, 1, 30, dtype=dtype)
+        factors = compiled.soften(shares, along, (8, 8), 8, 0)
+        assert (shares * factors).isnan().any()
     scores = logits.view(1, 1, 1, 64).repeat(1, 3, 1, 1)
     assert compiled.softmax_of_tokens(scores, torch.zeros(1, 3, 1))[..., 40].isnan().all()
     features = torch.zeros(1, 16, 4)
@@ -417,6 +443,19 @@ def test_a_model_answers_and_learns_the_same_without_numba(without_numba, wants_
     for one, other in zip(got, expected, strict=True):
         # Where a gradient is rounding noise, such as a key's bias, by the size of the others.
         assert float((one - other).norm()) <= 2e-5 * float(other.norm().clamp(min=1e-3 * norm))
+
+
+@pytest.mark.parametrize("wants_gradients", [True, False])
+def test_in_bfloat16_a_model_is_as_near_float32_as_without_numba(without_numba, wants_gradients):
+    def answers():
+        return torch.cat([x.detach().float().flatten() for x in encode_and_decode()])
+
+    with torch.set_grad_enabled(wants_gradients):
+        exact = answers()
+        with torch.autocast("cpu", torch.bfloat16):
+            got, plain = answers(), without_numba(answers)
+    assert not torch.equal(got, plain), "no loop was taken"
+    assert (got - exact).norm() < 1.2 * (plain - exact).norm()
 
 
 def test_two_threads_give_the_same_bit_for_bit(monkeypatch, two_threads):

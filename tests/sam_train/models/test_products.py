@@ -122,6 +122,16 @@ def test_a_linear_layer_and_its_gelu_in_one_are_torchs(monkeypatch, relative_err
         assert relative_error(linear_gelu(x, weight, bias), expected) < 1e-6
 
 
+def test_in_bfloat16_a_gelu_is_put_in_the_place_of_the_products_alone():
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(128, 160), torch.randn(80, 160), torch.randn(80)
+    given = [t.clone() for t in (x, weight, bias)]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
+        assert torch.equal(linear_gelu(x, weight, bias), expected)
+    assert all(map(torch.equal, (x, weight, bias), given))
+
+
 @needs_onednn
 @pytest.mark.parametrize("function", [linear, lambda x, w: bmm(x, w.mT[None].expand(3, -1, -1))])
 def test_gradients_of_gradients_are_torchs(function, relative_error):

@@ -7,8 +7,8 @@ import torch
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor
 
+from sam_train.models import compiled, window_grids
 from sam_train.models import rel_pos_attention as kernels
-from sam_train.models import window_grids
 from sam_train.models import windowed_attention as pieces
 
 SIZE, HEADS, WIDTH = (9, 7), 2, 16
@@ -95,10 +95,17 @@ def test_positions_of_another_length_are_interpolated(attend, relative_error):
     assert relative_error(attend(qkv, positions, window, padding), expected) < 1e-13
 
 
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+@pytest.mark.parametrize("has_loops", [True, False])
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16_is_as_near_as_stored_scores_in_it(autocast, relative_error, monkeypatch):
-    window = SIZE
+def test_bfloat16_is_as_near_as_stored_scores_in_it(
+    autocast, has_loops, window, relative_error, monkeypatch
+):
     monkeypatch.setattr(pieces, "MIN_TOKENS_IN_HALVES", 1)
+    if has_loops:
+        pytest.importorskip("numba", reason="numba is not installed (sam-train[cpu])")
+    else:
+        monkeypatch.setattr(compiled, "_loops", lambda: None)
     monkeypatch.setattr(window_grids, "CACHE_FLOATS", 10 * SIZE[0] * SIZE[1])
     inputs = inputs_of(window, torch.float32)
     expected = stored(*inputs, window)
@@ -137,10 +144,13 @@ def test_no_scores_are_kept_for_the_backward_pass():
     assert max(kept) == inputs[0].numel()
 
 
-def test_who_attends_in_pieces():
+def test_who_attends_in_pieces(monkeypatch):
     x = torch.zeros(1)
     assert pieces.attends_in_pieces(x, 196) and pieces.attends_in_pieces(x.double(), 4096)
-    # Small windows in half precision are left to torch's kernels.
+    # Without compiled loops, small windows in half precision are left to torch's kernels.
+    if compiled.takes_bf16(x.bfloat16()):
+        assert pieces.attends_in_pieces(x.bfloat16(), 196)
+        monkeypatch.setattr(compiled, "_loops", lambda: None)
     assert pieces.attends_in_pieces(x.bfloat16(), 4096)
     assert not pieces.attends_in_pieces(x.bfloat16(), 196)
     with torch.autocast("cpu", torch.bfloat16):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sam_train.models.first_guess import PromptFrame
 from sam_train.models.mask_decoder import MaskDecoder
+from sam_train.models.products import is_on_cpu_now
 from sam_train.models.prompt_encoder import PromptEncoder
 from sam_train.structures import ImageFeatures, MaskPrediction, Prompts
 
@@ -120,7 +121,17 @@ class Sam(nn.Module):
             prompts: model input frame.
             image_index: (P,) the image each prompt belongs to.
             multimask_output: three candidates a prompt, else one.
+
+        On the CPU it answers in float32, also under autocast.
         """
+        if self._decodes_exactly(features):
+            with torch.autocast("cpu", enabled=False):
+                return self.decode(
+                    ImageFeatures(features.image_embeddings.float()),
+                    prompts,
+                    image_index=image_index,
+                    multimask_output=multimask_output,
+                )
         sparse, dense = self.prompt_encoder.embed_unread(prompts)
         low_res_masks, iou_predictions = self.mask_decoder(
             image_embeddings=features.image_embeddings,
@@ -145,6 +156,10 @@ class Sam(nn.Module):
         Returns:
             Masks at half the resolution of `decode`'s.
         """
+        if self._decodes_exactly(features):
+            with torch.autocast("cpu", enabled=False):
+                exact = ImageFeatures(features.image_embeddings.float())
+                return self.guess(exact, prompts, image_index=image_index)
         frame = PromptFrame.of_prompts(
             prompts.point_coords,
             prompts.point_labels,
@@ -152,6 +167,18 @@ class Sam(nn.Module):
             corrects=prompts.mask_inputs is not None,
         )
         return self.mask_decoder.guess(features.image_embeddings, frame, image_index)
+
+    def _decodes_exactly(self, features: ImageFeatures) -> bool:
+        """Whether autocast is passed over.
+
+        On the CPU, half precision costs the decoder up to 2.5 times the time, also where the processor is
+        made for it: its products are small, and it cannot share an image among prompts.
+        """
+        return (
+            torch.is_autocast_enabled("cpu")
+            and is_on_cpu_now(features.image_embeddings)
+            and self.mask_decoder.iou_token.weight.dtype == torch.float32
+        )
 
     def postprocess_masks(
         self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]

@@ -166,6 +166,24 @@ def test_prompts_of_many_images_in_any_order_are_answered_as_one_by_one(
                 torch.testing.assert_close(together[i : i + 1], by_itself, rtol=1e-4, atol=1e-4)
 
 
+def test_under_autocast_the_cpu_guesses_and_answers_in_float32(
+    tiny_sam: Sam, features: ImageFeatures
+) -> None:
+    one = ImageFeatures(features.image_embeddings[:1].bfloat16())
+    exact = ImageFeatures(one.image_embeddings.float())
+    asked = prompts(([[100, 50], [0, 0]], [FOREGROUND, PADDING]))
+    with torch.no_grad():
+        expected = (
+            tiny_sam.guess(exact, asked),
+            tiny_sam.decode(exact, asked, multimask_output=True),
+        )
+        with torch.autocast("cpu", torch.bfloat16):
+            got = tiny_sam.guess(one, asked), tiny_sam.decode(one, asked, multimask_output=True)
+    for ours, right in zip(got, expected, strict=True):
+        assert all(map(torch.equal, ours, right))
+        assert ours.low_res_masks.dtype == torch.float32
+
+
 @pytest.fixture
 def unmended(tiny_sam: Sam) -> Sam:
     """A model whose transformer has no say in the masks."""

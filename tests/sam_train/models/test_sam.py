@@ -202,3 +202,30 @@ def test_no_mask_prompts_are_no_masks(models):
     index = torch.zeros(0, dtype=torch.long)
     answer = ours.decode(features, prompts, image_index=index, multimask_output=True)
     assert answer.low_res_masks.shape == (0, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_the_cpu_decodes_in_float32(models, dtype):
+    """Half precision costs the decoder time there; the encoder gains by it."""
+    _, ours = models
+    embeddings = torch.randn(1, 32, 8, 8).to(dtype).requires_grad_()
+    masks = torch.randn(2, 1, 32, 32).to(dtype)
+    prompts = Prompts(20 * torch.rand(2, 3, 2), torch.ones(2, 3).long(), masks)
+    expected = ours.decode(ImageFeatures(embeddings.float()), prompts, multimask_output=True)
+    with torch.autocast("cpu", dtype):
+        got = ours.decode(ImageFeatures(embeddings), prompts, multimask_output=True)
+        assert ours.image_encoder(torch.zeros(1, 3, 128, 128)).dtype == dtype
+    for one, other in zip(got, expected, strict=True):
+        assert one.dtype == torch.float32 and torch.equal(one, other)
+    (gradient,) = torch.autograd.grad(got.low_res_masks.square().mean(), embeddings)
+    assert gradient.dtype == dtype and gradient.any()
+
+
+def test_a_model_in_half_precision_decodes_in_it_under_autocast_too(models):
+    _, ours = models
+    ours.bfloat16()
+    features = ImageFeatures(torch.randn(1, 32, 8, 8).bfloat16())
+    prompts = Prompts(20 * torch.rand(2, 3, 2), torch.ones(2, 3).long())
+    with torch.autocast("cpu", torch.bfloat16):
+        answer = ours.decode(features, prompts, multimask_output=True)
+    assert answer.low_res_masks.dtype == torch.bfloat16

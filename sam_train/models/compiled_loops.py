@@ -1,4 +1,4 @@
-"""Loops over float32, some over bfloat16, that Numba compiles; `models/compiled.py` calls them, in slices and by tensors.
+"""Loops over float32, and some over bfloat16, that Numba compiles; `models/compiled.py` calls them.
 
 All in one file, as Numba keeps compiled code by the file of a function, and not by those of what it calls.
 

@@ -188,7 +188,6 @@ def soften_back(
     errors: Tensor,
     shares: Tensor,
     inverse_sums: Tensor,
-    means: Tensor,
     window: tuple[int, int],
     width: int,
     first_row: int,
@@ -198,7 +197,6 @@ def soften_back(
     Args:
         errors: (heads, queries, h * w), of the precision of the shares.
         shares, inverse_sums: what `soften` gave.
-        means: (heads, queries, 1) in float32, of the errors by the weights.
 
     Returns:
         (heads, queries, 2h - 1 + 2w - 1) in float32, the gradient of `along`.
@@ -209,7 +207,6 @@ def soften_back(
         errors.view(-1, *window),
         shares.view(-1, *window),
         inverse_sums.view(-1),
-        means.reshape(-1).contiguous(),
         of_along.view(-1, of_along.shape[-1]),
     )
 

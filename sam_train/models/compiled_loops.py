@@ -77,6 +77,9 @@ def _narrowed(typing_context: Any, x: Any) -> Any:
         exact = builder.bitcast(args[0], whole)
         is_odd = builder.and_(builder.lshr(exact, ir.Constant(whole, 16)), ir.Constant(whole, 1))
         rounded = builder.add(builder.add(exact, ir.Constant(whole, 0x7FFF)), is_odd)
+        # Of what is no number, the sum may look like one.
+        is_none = builder.fcmp_unordered("uno", args[0], args[0])
+        rounded = builder.select(is_none, ir.Constant(whole, 0x7FC00000), rounded)
         return builder.trunc(builder.lshr(rounded, ir.Constant(whole, 16)), ir.IntType(16))
 
     return numba.types.int16(numba.types.float32), generate
@@ -246,7 +249,6 @@ def soften_back(
     errors: Any,
     shares: Any,
     inverse_sums: Any,
-    means: Any,
     of_along: Any,
     first: int,
     num_queries: int,
@@ -259,7 +261,6 @@ def soften_back(
         errors: (R, h, w), of the shares that sum to one; float32, or bfloat16's bits.
         shares: (R, h, w) of the same, and
         inverse_sums: (R,), as `soften` left them.
-        means: (R,) of the errors by the shares.
         of_along: (R, 2h - 1 + 2w - 1), zeros, get the gradients.
     """
     num, h, w = errors.shape
@@ -268,17 +269,21 @@ def soften_back(
     places, share_places = np.empty((at_once, h, w), F), np.empty((at_once, h, w), F)
     for start in range(0, num, at_once):
         grids = opened(errors[start : start + at_once], places)
-        grids_shares = opened(shares[start : start + at_once], share_places)
+        grids_of_shares = opened(shares[start : start + at_once], share_places)
         for i in range(len(grids)):
             r = start + i
             place = (first + r) % num_queries
             of_row = h - 1 - first_row - place // width
             of_column = 2 * h - 1 + w - 1 - place % width
-            mean, inverse = means[r], inverse_sums[r]
+            inverse, mean = inverse_sums[r], ZERO
+            flat, flat_shares = grids[i].reshape(h * w), grids_of_shares[i].reshape(h * w)
+            for k in range(h * w):
+                mean += flat[k] * flat_shares[k]
+            mean *= inverse
             for k in range(w):
                 columns[k] = ZERO
             for j in range(h):
-                line, weights = grids[i, j], grids_shares[i, j]
+                line, weights = grids[i, j], grids_of_shares[i, j]
                 total = ZERO
                 for k in range(w):
                     error = (line[k] - mean) * (weights[k] * inverse)

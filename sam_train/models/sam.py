@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 
 from sam_train.models.first_guess import PromptFrame
 from sam_train.models.mask_decoder import MaskDecoder
-from sam_train.models.products import is_on_cpu_now
 from sam_train.models.prompt_encoder import PromptEncoder
 from sam_train.structures import ImageFeatures, MaskPrediction, Prompts
 
@@ -122,25 +122,19 @@ class Sam(nn.Module):
             image_index: (P,) the image each prompt belongs to.
             multimask_output: three candidates a prompt, else one.
 
-        On the CPU it answers in float32, also under autocast.
+        Where no gradient is wanted, the CPU answers in float32, also under autocast.
         """
-        if self._decodes_exactly(features):
-            with torch.autocast("cpu", enabled=False):
-                return self.decode(
-                    ImageFeatures(features.image_embeddings.float()),
-                    prompts,
-                    image_index=image_index,
-                    multimask_output=multimask_output,
-                )
-        sparse, dense = self.prompt_encoder.embed_unread(prompts)
-        low_res_masks, iou_predictions = self.mask_decoder(
-            image_embeddings=features.image_embeddings,
-            image_pe=self.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=multimask_output,
-            image_index=image_index,
-        )
+        features, precision = self._for_decoder(features)
+        with precision:
+            sparse, dense = self.prompt_encoder.embed_unread(prompts)
+            low_res_masks, iou_predictions = self.mask_decoder(
+                image_embeddings=features.image_embeddings,
+                image_pe=self.prompt_encoder.get_dense_pe(),
+                sparse_prompt_embeddings=sparse,
+                dense_prompt_embeddings=dense,
+                multimask_output=multimask_output,
+                image_index=image_index,
+            )
         return MaskPrediction(low_res_masks, iou_predictions)
 
     def guess(
@@ -156,29 +150,35 @@ class Sam(nn.Module):
         Returns:
             Masks at half the resolution of `decode`'s.
         """
-        if self._decodes_exactly(features):
-            with torch.autocast("cpu", enabled=False):
-                exact = ImageFeatures(features.image_embeddings.float())
-                return self.guess(exact, prompts, image_index=image_index)
         frame = PromptFrame.of_prompts(
             prompts.point_coords,
             prompts.point_labels,
             self.prompt_encoder.input_image_size,
             corrects=prompts.mask_inputs is not None,
         )
-        return self.mask_decoder.guess(features.image_embeddings, frame, image_index)
+        features, precision = self._for_decoder(features)
+        with precision:
+            return self.mask_decoder.guess(features.image_embeddings, frame, image_index)
 
-    def _decodes_exactly(self, features: ImageFeatures) -> bool:
-        """Whether autocast is passed over.
+    def _for_decoder(
+        self, features: ImageFeatures
+    ) -> tuple[ImageFeatures, AbstractContextManager[object]]:
+        """The features, and what they are to be decoded within.
 
-        On the CPU, half precision costs the decoder up to 2.5 times the time, also where the processor is
-        made for it: its products are small, and it cannot share an image among prompts.
+        On the CPU, where no gradient is wanted, that is float32: half precision costs the decoder up to 2.5
+        times the time there, also where the processor is made for it, as its products are small and images
+        cannot be shared among prompts. With gradients autocast still halves what the backward pass needs.
         """
-        return (
-            torch.is_autocast_enabled("cpu")
-            and is_on_cpu_now(features.image_embeddings)
-            and self.mask_decoder.iou_token.weight.dtype == torch.float32
-        )
+        images = features.image_embeddings
+        parts = (self.prompt_encoder, self.mask_decoder)
+        if (
+            images.device.type == "cpu"
+            and torch.is_autocast_enabled("cpu")
+            and not torch.is_grad_enabled()
+            and all(p.dtype == torch.float32 for part in parts for p in part.parameters())
+        ):
+            return ImageFeatures(images.float()), torch.autocast("cpu", enabled=False)
+        return features, nullcontext()
 
     def postprocess_masks(
         self, masks: Tensor, input_size: tuple[int, int], original_size: tuple[int, int]

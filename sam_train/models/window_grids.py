@@ -149,7 +149,7 @@ class Grids:
 
     def answers(self) -> Tensor:
         """What the queries take: (n, h' * w', d)."""
-        # Of bfloat16, torch's kernel makes up to three times the error.
+        # Of bfloat16, torch's kernel would round the biases, which are added to the scores.
         if not (self.is_compiled or self.is_grown or self.queries.dtype == torch.bfloat16):
             return self._answers_of_kernel()
         out = torch.empty_like(self.queries)
@@ -230,16 +230,18 @@ class Grids:
         errors: Tensor,
         shares: Tensor,
         factors: Tensor | None,
-        means: Tensor,
+        means: Tensor | None,
         piece: Piece,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the weights to those of the scores, and of `along`: None where the keys grew."""
+        """Gradients of the weights to those of the scores, and of `along`: None where the keys grew.
+
+        `means` (heads, queries, 1), of the errors by the weights, are for torch's kernels: loops make them.
+        """
         if factors is not None:
             width, first_row = self.region.asked[1], piece.rows.start
-            of_along = compiled.soften_back(
-                errors, shares, factors, means, self.window, width, first_row
-            )
+            of_along = compiled.soften_back(errors, shares, factors, self.window, width, first_row)
             return errors, of_along
+        assert means is not None
         errors.sub_(means).mul_(shares)
         if self.is_grown:
             return errors, None

@@ -118,8 +118,6 @@ class _WindowedAttention(torch.autograd.Function):
             return _differentiable_gradients(qkv, table, padding, ctx.window, gradient)
         gradient = gradient.reshape(out.shape)
         exact = torch.promote_types(qkv.dtype, torch.float32)
-        # The softmax's own term is one number a query.
-        means = (gradient * out).sum(dim=-1, keepdim=True, dtype=exact)
         of_qkv = torch.empty_like(qkv)
         of_table = torch.zeros_like(table, dtype=exact)
         of_padding = None if padding is None else torch.zeros_like(padding, dtype=exact)
@@ -127,7 +125,7 @@ class _WindowedAttention(torch.autograd.Function):
             for region in regions((qkv.shape[1], qkv.shape[2]), ctx.window):
                 grids = Grids(region, qkv, table, padding, ctx.window)
                 of_queries, of_keys, of_values = _gradients(
-                    grids, region.of(gradient), region.of(means), of_table
+                    grids, region.of(gradient), region.of(out), of_table
                 )
                 of_grids = (of_queries, of_keys, of_values)
                 for number, (view, of_tokens) in enumerate(
@@ -170,19 +168,21 @@ def _differentiable_gradients(
 
 
 def _gradients(
-    grids: Grids, gradient: Tensor, means: Tensor, of_table: Tensor
+    grids: Grids, gradient: Tensor, answers: Tensor, of_table: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Those of a region's queries, keys and values; the table's are added to it.
 
     Args:
-        gradient: of the answers, (N, above, beside, heads, h', w', d).
-        means: its products with them, (..., 1).
+        gradient, answers: (N, above, beside, heads, h', w', d).
         of_table: (2h - 1 + 2w - 1, d).
     """
     d, h = gradient.shape[-1], grids.window[0]
     exact = of_table.dtype
+    means: Tensor | None = None
+    if not grids.is_compiled:
+        # The softmax's own term, one number a query.
+        means = (gradient * answers).sum(dim=-1, dtype=exact).reshape(*grids.queries.shape[:2], 1)
     gradient = gradient.contiguous().view(grids.queries.shape)
-    means = means.contiguous().view(*gradient.shape[:2], 1)
     of_queries = torch.empty_like(grids.queries, dtype=exact)
     # Queries of a head that come in several pieces add to its keys and values.
     adds = grids.size_of_piece[1] < grids.region.asked[0]
@@ -194,9 +194,8 @@ def _gradients(
         weighed = pull if factors is None else (pull * factors).to(pull.dtype)
         put(of_values[heads], shares.to(pull.dtype).mT, weighed, adds=adds)
         errors = products(pull, grids.values[heads].mT).to(shares.dtype)
-        errors, of_along = grids.of_scores(
-            errors, shares, factors, grids.of_piece(means, piece), piece
-        )
+        of_piece = None if means is None else grids.of_piece(means, piece)
+        errors, of_along = grids.of_scores(errors, shares, factors, of_piece, piece)
         rounded = errors.to(pull.dtype)
         put(of_keys[heads], rounded.mT, queries, adds=adds)
         back = products(rounded, grids.keys[heads])

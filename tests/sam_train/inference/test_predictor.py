@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,15 @@ def test_masks_are_the_same_whether_made_at_once_or_one_at_a_time(
     torch.testing.assert_close(apart, together, rtol=0, atol=1e-6)
 
 
-def test_answers_are_arrays_under_autocast_too(predictor: SamPredictor, picture: Picture) -> None:
+@pytest.mark.parametrize("decodes_in_half", [False, True], ids=["CPU", "as on a GPU"])
+def test_answers_are_arrays_under_autocast_too(
+    decodes_in_half: bool,
+    predictor: SamPredictor,
+    picture: Picture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if decodes_in_half:
+        monkeypatch.setattr(predictor.model, "_for_decoder", lambda x: (x, nullcontext()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         predictor.set_image(picture(50, 64))
         masks, ious, low_res = predictor.predict(POINTS[:1], [1])

@@ -76,6 +76,13 @@ def test_they_are_for_plain_float32_on_the_cpu():
     assert not compiled.takes_bf16(x.bfloat16(), x)
     assert not compiled.takes_bf16(x.bfloat16().to("meta"))
 
+    def looked_through(x):
+        assert not compiled.takes(x) and not compiled.takes_bf16(x.bfloat16())
+        return x + 1
+
+    torch.func.vmap(looked_through)(torch.zeros(2, 2))
+    make_fx(looked_through)(x)
+
 
 @pytest.mark.parametrize(("value", "is_on"), [("1", False), ("0", True), ("", True)])
 def test_where_numba_is_not_to_compile_torch_does_it(monkeypatch, value, is_on):
@@ -162,9 +169,8 @@ def test_scores_with_biases_are_softened(window, rows, first_row):
 
     close([shares * factors], [expected])
     pulls = torch.randn_like(scores)
-    means = (pulls * expected.detach().float()).sum(dim=-1, keepdim=True)
     errors = pulls.clone()
-    of_along = compiled.soften_back(errors, shares, factors, means, window, width, first_row)
+    of_along = compiled.soften_back(errors, shares, factors, window, width, first_row)
     close([errors, of_along], torch.autograd.grad(expected, (wanted, exact), pulls.double()))
 
 
@@ -175,18 +181,37 @@ def test_bfloat16_is_float32_but_for_its_rounding(window, two_threads):
     scores = (8 * torch.randn(num_heads, num_queries, h * w)).bfloat16()
     along = torch.randn(num_heads, num_queries, 2 * (h + w) - 2).bfloat16()
     pulls = torch.randn_like(scores)
-    means = torch.randn(num_heads, num_queries, 1)
 
     shares, exact_shares = scores.clone(), scores.float()
     factors = compiled.soften(shares, along, window, w, 1)
     expected = compiled.soften(exact_shares, along.float(), window, w, 1)
     errors, exact_errors = pulls.clone(), pulls.float()
-    of_along = compiled.soften_back(errors, shares, factors, means, window, w, 1)
-    of_expected = compiled.soften_back(exact_errors, shares.float(), expected, means, window, w, 1)
+    of_along = compiled.soften_back(errors, shares, factors, window, w, 1)
+    of_expected = compiled.soften_back(exact_errors, shares.float(), expected, window, w, 1)
 
     assert torch.equal(factors, expected) and factors.dtype == torch.float32
     assert torch.equal(shares, exact_shares.bfloat16())
     assert torch.equal(errors, exact_errors.bfloat16()) and torch.equal(of_along, of_expected)
+
+
+def test_bfloat16_that_is_no_number_stays_none():
+    """Whatever lies in its other bits, which the rounding must not carry over."""
+    bits = torch.tensor([0x7FFFBDAE, 0x7F800001, -1, -0x26E3, -0x7FE2D6, 0x7FC00000])
+    inverse = bits.to(torch.int32).view(torch.float32)
+    assert inverse.isnan().all()
+    errors = torch.ones(1, len(inverse), 4, dtype=torch.bfloat16)
+    shares = torch.ones_like(errors)
+    compiled.soften_back(errors, shares, inverse.view(1, -1, 1), (2, 2), 2, 0)
+    assert errors.isnan().all()
+
+
+def test_a_window_of_one_key_leaves_its_score_no_gradient():
+    for dtype in (torch.float32, torch.bfloat16):
+        scores, along = torch.randn(3, 5, 1).to(dtype), torch.randn(3, 5, 2).to(dtype)
+        factors = compiled.soften(scores, along, (1, 1), 1, 0)
+        errors = torch.randn(3, 5, 1).to(dtype)
+        of_along = compiled.soften_back(errors, scores, factors, (1, 1), 1, 0)
+        assert not errors.any() and not of_along.any()
 
 
 def upscaled_by(dtype, num_masks, has_bias):

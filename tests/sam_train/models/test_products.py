@@ -122,13 +122,21 @@ def test_a_linear_layer_and_its_gelu_in_one_are_torchs(monkeypatch, relative_err
         assert relative_error(linear_gelu(x, weight, bias), expected) < 1e-6
 
 
-def test_in_bfloat16_a_gelu_is_put_in_the_place_of_the_products_alone():
+def test_in_bfloat16_a_gelu_is_put_in_the_place_of_the_products_alone(monkeypatch):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(128, 160), torch.randn(80, 160), torch.randn(80)
-    given = [t.clone() for t in (x, weight, bias)]
+    given, products = [t.clone() for t in (x, weight, bias)], []
+    linear = torch.nn.functional.linear
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        expected = torch.nn.functional.gelu(torch.nn.functional.linear(x, weight, bias))
-        assert torch.equal(linear_gelu(x, weight, bias), expected)
+        expected = torch.nn.functional.gelu(linear(x, weight, bias))
+        monkeypatch.setattr(
+            torch.nn.functional,
+            "linear",
+            lambda *args: products.append(linear(*args)) or products[0],
+        )
+        got = linear_gelu(x, weight, bias)
+    assert torch.equal(got, expected) and got.dtype == torch.bfloat16
+    assert [got.data_ptr()] == [x.data_ptr() for x in products]
     assert all(map(torch.equal, (x, weight, bias), given))
 
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import hydra
 from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -57,12 +58,28 @@ def compose(
     """
     with _COMPOSING:
         folder = str(conf_dir())
-        with user_recipes(config_dir), hydra.initialize_config_dir(folder, version_base="1.3"):
+        with (
+            user_recipes(config_dir),
+            _beside_an_application(),
+            hydra.initialize_config_dir(folder, version_base="1.3"),
+        ):
             cfg = hydra.compose(root, list(overrides), return_hydra_config=True)
         with _hydra_config(cfg), open_dict(cfg):
             pin(cfg)
             del cfg["hydra"]
     return cfg
+
+
+@contextmanager
+def _beside_an_application() -> Iterator[None]:
+    """Leave to compose while a Hydra application runs, such as our commands or a user's own."""
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        yield
+    finally:
+        # Asked again: Hydra puts another instance in its place.
+        GlobalHydra.instance().hydra = running
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import hydra
 import pytest
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
 from sam_train import config
@@ -38,6 +40,17 @@ def test_composing_leaves_nothing_behind() -> None:
 
     with pytest.raises(Exception, match="toy"):
         config.compose("train", TOY_RUN)
+
+
+def test_a_running_application_may_compose_and_goes_on_with_its_own() -> None:
+    with hydra.initialize_config_dir(str(config.conf_dir()), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert config.compose("train").data
+        assert GlobalHydra.instance().hydra is running
+        with pytest.raises(hydra.errors.MissingConfigException):
+            config.compose("there is none")
+        assert GlobalHydra.instance().hydra is running
+        assert hydra.compose("eval").protocol
 
 
 def test_missing_values_are_named_together() -> None:

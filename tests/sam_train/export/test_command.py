@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from sam_train import cli, config
+from sam_train.checkpoints.build import build_model, model_config
 from sam_train.checkpoints.load import load_model
+from sam_train.checkpoints.save import save_official
 
 
 @pytest.fixture
@@ -31,6 +33,17 @@ def test_a_checkpoint_leaves_and_comes_back(export, official_file, tmp_path, cap
     state = official_file[0].state_dict()
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+
+
+def test_a_width_of_the_published_sizes_leaves_in_the_official_format(export, tmp_path, capsys):
+    """Such a model is compared with the recipe of its name, which is composed while the command runs."""
+    sizes = ["depth=1", "global_attn_indexes=[0]", "img_size=64"]
+    node = model_config("sam_vit_b", [f"model.image_encoder.{size}" for size in sizes])
+    save_official(build_model(node), tmp_path / "wide.pth")
+    assert export("checkpoint=wide.pth", "format=official", "out=again.pth") == 0
+    report = capsys.readouterr().out
+    assert "No entry of segment_anything's registry has these sizes" in report
+    assert "embed_dim=768" in report
 
 
 def test_what_is_there_already_stays_unless_told(export, official_file, capsys):
